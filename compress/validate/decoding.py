@@ -1,0 +1,100 @@
+"""A decoder graph driven with its key/value cache, by its inputs' names and types alone.
+
+Inputs: ``input_ids`` int64 ``[batch, new]``, ``attention_mask`` int64 ``[batch, past + new]``, ``position_ids`` int64
+``[batch, new]`` (optional), ``past_key_values.N.key/value`` ``[batch, kv_heads, past, head_dim]``, and
+``logits_to_keep`` int64 (optional, an initializer with a default: 0 keeps every position, k the last k). Outputs:
+``logits`` ``[batch, kept, vocab]`` and ``present.N.key/value``. The cache stays in ONNX Runtime's memory between steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.errors import CompressError
+
+_PAST, _PRESENT, _KEEP = "past_key_values.", "present.", "logits_to_keep"
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
+
+class CachedDecoder:
+    """One sequence batch fed piece by piece to an ``onnxruntime.InferenceSession``.
+
+    Raises:
+        CompressError: The graph's inputs and outputs are not those of a decoder.
+    """
+
+    def __init__(self, session: Any) -> None:  # noqa: ANN401 - onnxruntime has no stubs
+        self._session = session
+        inputs = {value.name: value for value in session.get_inputs()}
+        outputs = [value.name for value in session.get_outputs()]
+        self._past = {name: value for name, value in inputs.items() if name.startswith(_PAST)}
+        unknown = set(inputs) - set(self._past) - {"input_ids", "attention_mask", "position_ids", _KEEP}
+        missing = {"input_ids", "attention_mask"} - set(inputs)
+        absent = ({"logits"} | {_PRESENT + name.removeprefix(_PAST) for name in self._past}) - set(outputs)
+        if unknown or missing or absent or not self._past:
+            raise CompressError(
+                "the graph is not a decoder with a key/value cache",
+                where=f"unknown inputs {sorted(unknown)}, missing inputs {sorted(missing)}, "
+                f"missing outputs {sorted(absent)}, {len(self._past)} cache inputs",
+            )
+        self._positions = "position_ids" in inputs
+        self._keep = next(
+            (v for v in [*session.get_overridable_initializers(), *session.get_inputs()] if v.name == _KEEP), None
+        )
+        self._cache: dict[str, Any] = {}
+        self.length = 0
+
+    @property
+    def trims_logits(self) -> bool:
+        """Whether the graph can leave out the logits of all but the last positions."""
+        return self._keep is not None
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._cache, self.length = {}, 0
+
+    def feed(self, ids: npt.NDArray[np.int64], keep: int = 0) -> npt.NDArray[np.float32]:
+        """Append ``ids`` int64 ``[batch, new]`` and return float32 logits ``[batch, kept, vocab]``.
+
+        Args:
+            ids: The next tokens of every sequence.
+            keep: 0 for the logits of every new position, k for the last k (a graph that cannot trim returns all).
+        """
+        batch, new = ids.shape
+        total = self.length + new
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
+        if self._positions:
+            positions = np.broadcast_to(np.arange(self.length, total, dtype=np.int64), (batch, new))
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        if self._keep is not None:
+            binding.bind_cpu_input(_KEEP, np.full([1] * len(self._keep.shape), keep, np.int64))
+        for name, value in self._past.items():
+            if name in self._cache:
+                binding.bind_ortvalue_input(name, self._cache[name])
+            else:
+                binding.bind_cpu_input(name, self._empty(value, batch))
+        names = ["logits", *(_PRESENT + name.removeprefix(_PAST) for name in self._past)]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        self._cache = dict(zip(self._past, present, strict=True))
+        self.length = total
+        values: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
+        return values
+
+    def _empty(self, value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401
+        """Return a cache of no positions for one input; heads and head size must be numbers in the graph."""
+        shape = list(value.shape)
+        if len(shape) != 4 or not all(isinstance(size, int) for size in (shape[1], shape[3])):
+            raise CompressError(
+                f"the cache input's shape is {shape}, not [batch, kv_heads, past, head_dim]", where=value.name
+            )
+        if value.type not in _CACHE_TYPES:
+            raise CompressError(f"a cache of {value.type} is not supported", where=value.name)
+        return np.zeros((batch, shape[1], 0, shape[3]), _CACHE_TYPES[value.type])
