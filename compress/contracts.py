@@ -1,0 +1,274 @@
+"""The protocols every plug-in keeps, on one page.
+
+Data flows one way: a :class:`Checkpoint` is read row by row, a :class:`Family` says what its tensors are, a
+:class:`Quantizer` turns rows of a weight into codes, a packager writes them, a :class:`Provider` runs the result.
+Arrays are NumPy; nothing here imports torch, transformers or onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+
+# ---------------------------------------------------------------------------------------------------------- source
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint's header says of one tensor.
+
+    Attributes:
+        name: The tensor's name in the checkpoint.
+        shape: Dimensions, outermost first.
+        dtype: Storage type by its safetensors name (``F32``, ``F16``, ``BF16``) or GGUF name (``Q4_1`` ...).
+        nbytes: Bytes it takes in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the source, for the manifest: its name, size in bytes and SHA-256 (hexadecimal)."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """A model's config and weights; a tensor's rows are read when asked for, never the whole model.
+
+    Attributes:
+        reference: What the user asked for, as given.
+        kind: ``directory``, ``hub``, ``gguf`` or ``package``.
+        identifier: The hub id, package or base name, as the manifest shows it (no local path).
+        revision: The resolved hub commit or package version, if there is one.
+        config: The Hugging Face ``config.json`` as a mapping.
+        directory: A local directory with ``config.json`` and the tokenizer that transformers can read.
+    """
+
+    reference: str
+    kind: str
+    identifier: str
+    revision: str | None
+    config: Mapping[str, Any]
+    directory: Path
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor's header by name."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> FloatArray:
+        """Return rows ``[start, stop)`` along axis 0 as a new C-contiguous float32 array.
+
+        Raises:
+            SourceError: The tensor is unknown, or the file does not hold the bytes its header promises.
+        """
+        ...
+
+    def files(self) -> Sequence[SourceFile]:
+        """Return the source's files with their digests (reads each file once; may take seconds per GB)."""
+        ...
+
+    def sidecars(self) -> Mapping[str, Path]:
+        """Return tokenizer, template and generation files that an artifact takes over unchanged, by file name."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------- family
+
+Role = Literal["qkv", "attention_output", "gate_up", "up", "down", "head", "embedding"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows ``[start, stop)`` of a checkpoint tensor seen as ``[out_features, in_features]``.
+
+    ``transposed`` says that the tensor is stored as ``[in_features, out_features]`` (GPT-2's Conv1D).
+    """
+
+    tensor: str
+    start: int = 0
+    stop: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product ``y = x W^T + b`` of the graph; several checkpoint weights may be stacked along rows.
+
+    Attributes:
+        name: Its name in the artifact, without ``.weight``.
+        role: What it does in the block.
+        layer: Decoder block index, ``None`` outside the blocks.
+        out_features: Rows N of the stacked weight.
+        in_features: Columns K.
+        weight: Where the rows come from, in order.
+        bias: Where the bias comes from, in order; empty without one.
+        graph_weights: The skeleton's initializers that the stacked weight replaces, in order.
+        graph_biases: The same for the bias.
+        norm: The norm vectors (weight, and bias if it has one) that produce its input, if any.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    out_features: int
+    in_features: int
+    weight: tuple[Slice, ...]
+    bias: tuple[Slice, ...] = ()
+    graph_weights: tuple[str, ...] = ()
+    graph_biases: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table ``[rows, columns]`` that a Gather reads."""
+
+    name: str
+    rows: int
+    columns: int
+    source: Slice
+    graph_name: str
+    role: Literal["token", "position"] = "token"
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A norm's weight or bias, kept in float32."""
+
+    graph_name: str
+    source: Slice
+    size: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder as its family reads it from config and tensor headers; sizes in elements.
+
+    ``rope_shape`` is the shape of the rotary cosine table (the sine table's too), ``None`` without rotary embedding.
+    """
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    tied: bool
+    tables: tuple[Table, ...]
+    linears: tuple[Linear, ...]
+    vectors: tuple[Vector, ...]
+    genai_type: str
+    rope_shape: tuple[int, int] | None = None
+
+
+class Family(Protocol):
+    """One ``model_type``: what its tensors are and how they map to the graph skeleton's parameters."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+
+    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
+        """Read the structure from config and headers alone.
+
+        Raises:
+            SourceError: Config and tensor shapes disagree, or a tensor is missing.
+            UnsupportedModelError: The config asks for something that has no implementation.
+        """
+        ...
+
+
+# -------------------------------------------------------------------------------------------------------- quantize
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is stored: ``bits`` per code, one scale per ``block_size`` columns, zero point or not.
+
+    Codes are unsigned, ``0 .. 2**bits - 1``. Symmetric schemes fix the zero point at ``2**(bits-1)``.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+    def blocks(self, columns: int) -> int:
+        """Return the number of blocks a row of ``columns`` has; the last one may be partly filled."""
+        return -(-columns // self.block_size)
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Quantized rows, not packed yet.
+
+    Attributes:
+        codes: uint8 ``[rows, blocks * block_size]``; columns past the weight's width hold the zero point.
+        scales: float32 ``[rows, blocks]``; may be negative.
+        zero_points: uint8 ``[rows, blocks]``, or ``None`` for a symmetric scheme.
+    """
+
+    codes: ByteArray
+    scales: FloatArray
+    zero_points: ByteArray | None
+
+
+class Quantizer(Protocol):
+    """An algorithm that quantizes rows independently of each other (data-free ones do)."""
+
+    name: str
+
+    def quantize(self, weight: FloatArray, scheme: Scheme, importance: FloatArray | None = None) -> QuantizedRows:
+        """Quantize ``weight`` float32 ``[rows, columns]``.
+
+        Args:
+            weight: Finite values.
+            scheme: Bits, block size, symmetry.
+            importance: float32 ``[columns]``, positive: expected second moment of each input channel up to a factor.
+        """
+        ...
+
+
+# -------------------------------------------------------------------------------------------------------- provider
+
+Evidence = Literal["measured", "simulated", "emulated", "static", "none"]
+
+
+class Provider(Protocol):
+    """One ONNX Runtime execution provider: how to start it, what it supports, how to tell that it fell back."""
+
+    name: str
+    onnxruntime_name: str
+
+    def available(self) -> tuple[bool, str]:
+        """Return whether it works here, and its version or the reason and the remedy."""
+        ...
+
+    def evidence(self) -> Evidence:
+        """Return what a run on this machine proves."""
+        ...
+
+    def session(self, model: Path, options: Mapping[str, str], threads: int) -> Any:
+        """Return an ``onnxruntime.InferenceSession`` bound to this provider alone."""
+        ...
+
+    def supports(self, scheme: Scheme) -> str | None:
+        """Return why a scheme cannot run here fast, or ``None`` if it can."""
+        ...

@@ -1,0 +1,87 @@
+"""Errors a user can act on: what happened, where, and what to do about it.
+
+Every expected failure is a :class:`CompressError` (or a subclass that carries another exit code). The command line
+prints it as one to three lines and shows a traceback only under ``--debug``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_OUTSIDE_BUDGET = 3
+EXIT_PROVIDER = 4
+EXIT_INTERRUPTED = 130
+
+
+class CompressError(Exception):
+    """An expected failure.
+
+    Args:
+        what: What happened, one sentence without a trailing period.
+        where: The file, tensor, key or option concerned, if there is one.
+        hint: What the user can do about it.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.hint = hint
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """Return the message as one to three lines."""
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  in: {self.where}")
+        if self.hint:
+            lines.append(f"  try: {self.hint}")
+        return "\n".join(lines)
+
+
+class UsageError(CompressError):
+    """The command was asked for something that cannot be: a wrong name, key, value or combination."""
+
+    exit_code = EXIT_USAGE
+
+
+class SourceError(CompressError):
+    """The model cannot be read: missing, damaged, pickled, already quantized, or inconsistent with its config."""
+
+
+class UnsupportedModelError(CompressError):
+    """The architecture, or something its config asks for, has no implementation here."""
+
+
+class ResourceError(CompressError):
+    """Memory or disk space is not enough, found out before work starts."""
+
+
+class ProviderError(CompressError):
+    """A requested execution provider is missing, or took less of the graph than it should have."""
+
+    exit_code = EXIT_PROVIDER
+
+
+class WorkerError(CompressError):
+    """A worker process crashed, hung or answered nonsense; the message holds the end of its log."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return ``did you mean X?``, or the list of what is known when nothing is near.
+
+    Args:
+        word: What the user wrote.
+        known: The names that would have been accepted.
+        limit: The most suggestions to make.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(names)}" if names else "none is known"

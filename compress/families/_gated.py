@@ -1,0 +1,117 @@
+"""Decoders of the Llama shape: RMSNorm, rotary attention with grouped key-value heads, gated SiLU feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
+from compress.families._reading import check_shapes, dimension, expect, heads, rope_kind
+
+# Rotary scalings whose cosine and sine tables do not depend on the length of the sequence at hand.
+STATIC_ROPE = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class GatedDecoder:
+    """A family of the Llama shape; ``packed`` checkpoints (Phi-3) store QKV and gate/up as one tensor each."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    genai_type: str
+    packed: bool = False
+    ropes: tuple[str, ...] = STATIC_ROPE
+
+    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
+        """Read the structure; see :class:`compress.contracts.Family`."""
+        expect(config, "hidden_act", ("silu",), "silu")
+        expect(config, "mlp_bias", (False,), False)
+        expect(config, "partial_rotary_factor", (1, 1.0, None), 1.0)
+        expect({"rope_type": rope_kind(config)}, "rope_type", self.ropes, "default")
+        hidden, vocab = dimension(config, "hidden_size"), dimension(config, "vocab_size")
+        query, key_value, head = heads(config)
+        tied = bool(config.get("tie_word_embeddings", False))
+        layers = dimension(config, "num_hidden_layers")
+        token = "model.embed_tokens.weight"
+        linears = [linear for index in range(layers) for linear in self._block(config, index)]
+        linears.append(
+            Linear(
+                name="lm_head",
+                role="head",
+                layer=None,
+                out_features=vocab,
+                in_features=hidden,
+                weight=(Slice(token if tied else "lm_head.weight"),),
+                graph_weights=(token if tied else "lm_head.weight",),
+                norm=("model.norm.weight",),
+            )
+        )
+        norms = [
+            f"model.layers.{index}.{norm}.weight"
+            for index in range(layers)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+        decoder = Decoder(
+            model_type=self.model_type,
+            layers=layers,
+            hidden_size=hidden,
+            heads=query,
+            kv_heads=key_value,
+            head_dim=head,
+            vocab_size=vocab,
+            context_length=dimension(config, "max_position_embeddings"),
+            tied=tied,
+            tables=(Table("model.embed_tokens", vocab, hidden, Slice(token), token),),
+            linears=tuple(linears),
+            vectors=tuple(Vector(name, Slice(name), hidden) for name in [*norms, "model.norm.weight"]),
+            genai_type=self.genai_type,
+            rope_shape=(dimension(config, "max_position_embeddings"), head // 2),
+        )
+        return check_shapes(decoder, tensors)
+
+    def _block(self, config: Mapping[str, Any], index: int) -> tuple[Linear, ...]:
+        hidden, ffn = dimension(config, "hidden_size"), dimension(config, "intermediate_size")
+        query, key_value, head = heads(config)
+        block = f"model.layers.{index}"
+        attention, mlp = f"{block}.self_attn", f"{block}.mlp"
+        sizes = (query * head, key_value * head, key_value * head)
+        parts = tuple(f"{attention}.{part}_proj" for part in "qkv")
+        if self.packed:
+            ends = (sizes[0], sizes[0] + sizes[1], sum(sizes))
+            qkv = tuple(Slice(f"{attention}.qkv_proj.weight", end - size, end) for size, end in zip(sizes, ends, strict=True))
+            gate_up_names: tuple[str, ...] = (f"{mlp}.gate_up_proj.weight",)
+        else:
+            qkv = tuple(Slice(f"{part}.weight") for part in parts)
+            gate_up_names = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+        biased = bool(config.get("attention_bias", False))
+        qkv_biases = tuple(f"{part}.bias" for part in parts) if biased else ()
+        output_bias = (f"{attention}.o_proj.bias",) if biased else ()
+
+        def linear(name: str, role: Any, rows: int, columns: int, weight: tuple[Slice, ...], **more: Any) -> Linear:
+            return Linear(name, role, index, rows, columns, weight, **more)
+
+        return (
+            linear(
+                f"{attention}.qkv_proj", "qkv", sum(sizes), hidden, qkv,
+                bias=tuple(map(Slice, qkv_biases)),
+                graph_weights=tuple(f"{part}.weight" for part in parts),
+                graph_biases=qkv_biases,
+                norm=(f"{block}.input_layernorm.weight",),
+            ),
+            linear(
+                f"{attention}.o_proj", "attention_output", hidden, query * head, (Slice(f"{attention}.o_proj.weight"),),
+                bias=tuple(map(Slice, output_bias)),
+                graph_weights=(f"{attention}.o_proj.weight",),
+                graph_biases=output_bias,
+            ),
+            linear(
+                f"{mlp}.gate_up_proj", "gate_up", 2 * ffn, hidden, tuple(map(Slice, gate_up_names)),
+                graph_weights=gate_up_names,
+                norm=(f"{block}.post_attention_layernorm.weight",),
+            ),
+            linear(
+                f"{mlp}.down_proj", "down", hidden, ffn, (Slice(f"{mlp}.down_proj.weight"),),
+                graph_weights=(f"{mlp}.down_proj.weight",),
+            ),
+        )

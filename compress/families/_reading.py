@@ -1,0 +1,126 @@
+"""Reading a config and checking it against tensor headers: what every family needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
+from compress.errors import SourceError, UnsupportedModelError
+
+_MAX_DIMENSION = 1 << 24
+
+
+def dimension(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive integer of the config.
+
+    Raises:
+        SourceError: It is missing, not an integer, or out of any plausible range.
+    """
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_DIMENSION:
+        raise SourceError(
+            f"config.json: {key} is {value!r}, a positive integer was expected", hint="restore the model's config.json"
+        )
+    return value
+
+
+def expect(config: Mapping[str, Any], key: str, allowed: Iterable[Any], default: Any) -> None:
+    """Refuse a config whose ``key`` asks for something without an implementation."""
+    value = config.get(key, default)
+    options = tuple(allowed)
+    if value not in options:
+        raise UnsupportedModelError(
+            f"config.json: {key} = {value!r} is not supported",
+            hint=f"supported: {', '.join(map(repr, options))}",
+        )
+
+
+def rope_kind(config: Mapping[str, Any]) -> str:
+    """Return the rotary embedding's scaling type; transformers 4 says ``rope_scaling``, 5 ``rope_parameters``."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise SourceError("config.json: rope_scaling is not an object")
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (query heads, key-value heads, head dimension) and check that they divide.
+
+    Raises:
+        SourceError: They contradict each other.
+    """
+    hidden, query = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
+    key_value = dimension(config, "num_key_value_heads", query)
+    if query % key_value:
+        raise SourceError(f"config.json: {query} attention heads are not a multiple of {key_value} key-value heads")
+    if config.get("head_dim") is None and hidden % query:
+        raise SourceError(f"config.json: hidden_size {hidden} is not a multiple of {query} attention heads")
+    return query, key_value, dimension(config, "head_dim", hidden // query)
+
+
+def check_shapes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> Decoder:
+    """Check every source slice against the checkpoint's headers; with no headers (config only) nothing is checked.
+
+    Raises:
+        SourceError: A tensor is missing or has another shape than the config says.
+    """
+    if not tensors:
+        return decoder
+    for linear in decoder.linears:
+        _check_stack(linear, linear.weight, tensors, columns=linear.in_features)
+        if linear.bias:
+            _check_stack(linear, linear.bias, tensors, columns=None)
+    for table in decoder.tables:
+        _check_one(table.source, (table.rows, table.columns), tensors, table)
+    for vector in decoder.vectors:
+        _check_one(vector.source, (vector.size,), tensors, vector)
+    return decoder
+
+
+def _lookup(piece: Slice, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+    info = tensors.get(piece.tensor)
+    if info is None:
+        raise SourceError(
+            "the checkpoint lacks a tensor that its config promises",
+            where=piece.tensor,
+            hint="check that all shards are there and that config.json belongs to these weights",
+        )
+    return info
+
+
+def _check_stack(linear: Linear, pieces: tuple[Slice, ...], tensors: Mapping[str, TensorInfo], columns: int | None) -> None:
+    rows = 0
+    for piece in pieces:
+        info = _lookup(piece, tensors)
+        shape = tuple(reversed(info.shape)) if piece.transposed else info.shape
+        stop = shape[0] if piece.stop is None else piece.stop
+        expected_rank = 1 if columns is None else 2
+        if len(shape) != expected_rank or stop > shape[0] or (columns is not None and shape[1] != columns):
+            wanted = f"[{stop}+, {columns}]" if columns is not None else f"[{stop}+]"
+            raise _disagree(piece.tensor, info.shape, f"{wanted}{' transposed' if piece.transposed else ''}")
+        # A tensor that is longer than its last slice would be cut off without a word.
+        last = max((other.stop or shape[0]) for other in pieces if other.tensor == piece.tensor)
+        if last != shape[0]:
+            raise _disagree(piece.tensor, info.shape, f"{last} rows")
+        rows += stop - piece.start
+    if rows != linear.out_features:
+        raise _disagree(linear.name, (rows,), f"{linear.out_features} rows")
+
+
+def _check_one(
+    piece: Slice, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], item: Table | Vector
+) -> None:
+    info = _lookup(piece, tensors)
+    if info.shape != shape:
+        raise _disagree(piece.tensor, info.shape, str(list(shape)))
+
+
+def _disagree(name: str, got: tuple[int, ...], wanted: str) -> SourceError:
+    return SourceError(
+        f"config and weights disagree: shape {list(got)}, expected {wanted}",
+        where=name,
+        hint="restore the config.json that belongs to these weights",
+    )

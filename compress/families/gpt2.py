@@ -1,0 +1,102 @@
+"""GPT-2 and its distillations: LayerNorm, learned positions, Conv1D weights stored ``[in, out]``, tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.contracts import Decoder, Linear, Role, Slice, Table, TensorInfo, Vector
+from compress.errors import SourceError
+from compress.families._reading import check_shapes, dimension, expect
+
+
+class Gpt2:
+    """``GPT2LMHeadModel``; the hub's own checkpoints lack the ``transformer.`` prefix, saved ones have it."""
+
+    model_type = "gpt2"
+    architectures = ("GPT2LMHeadModel",)
+
+    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
+        """Read the structure; see :class:`compress.contracts.Family`."""
+        expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+        expect(config, "scale_attn_weights", (True,), True)
+        expect(config, "scale_attn_by_inverse_layer_idx", (False,), False)
+        expect(config, "add_cross_attention", (False,), False)
+        expect(config, "tie_word_embeddings", (True,), True)
+        hidden, vocab = dimension(config, "n_embd"), dimension(config, "vocab_size")
+        heads, layers = dimension(config, "n_head"), dimension(config, "n_layer")
+        if hidden % heads:
+            raise SourceError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}")
+        positions = dimension(config, "n_positions", 1024)
+        prefix = "" if "wte.weight" in tensors else "transformer."
+        linears = [linear for index in range(layers) for linear in _block(config, prefix, index)]
+        linears.append(
+            Linear(
+                name="lm_head",
+                role="head",
+                layer=None,
+                out_features=vocab,
+                in_features=hidden,
+                weight=(Slice(f"{prefix}wte.weight"),),
+                graph_weights=("lm_head.weight",),
+                norm=("transformer.ln_f.weight", "transformer.ln_f.bias"),
+            )
+        )
+        norms = [f"h.{index}.{norm}.{kind}" for index in range(layers) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
+        decoder = Decoder(
+            model_type=self.model_type,
+            layers=layers,
+            hidden_size=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            vocab_size=vocab,
+            context_length=positions,
+            tied=True,
+            tables=(
+                Table("transformer.wte", vocab, hidden, Slice(f"{prefix}wte.weight"), "transformer.wte.weight"),
+                Table("transformer.wpe", positions, hidden, Slice(f"{prefix}wpe.weight"), "transformer.wpe.weight", "position"),
+            ),
+            linears=tuple(linears),
+            vectors=tuple(
+                Vector(f"transformer.{name}", Slice(f"{prefix}{name}"), hidden) for name in [*norms, "ln_f.weight", "ln_f.bias"]
+            ),
+            # onnxruntime-genai's own "gpt2" type wants one combined past tensor; "decoder" is its generic type.
+            genai_type="decoder",
+        )
+        return check_shapes(decoder, tensors)
+
+
+def _block(config: Mapping[str, Any], prefix: str, index: int) -> tuple[Linear, ...]:
+    hidden = dimension(config, "n_embd")
+    inner = dimension(config, "n_inner", 4 * hidden)
+    block, graph = f"{prefix}h.{index}", f"transformer.h.{index}"
+
+    def linear(
+        name: str, role: Role, rows: int, columns: int, stored: str, parts: tuple[str, ...], norm: tuple[str, ...] = ()
+    ) -> Linear:
+        step = rows // len(parts)
+        bounds = [(part * step, (part + 1) * step) for part in range(len(parts))]
+        return Linear(
+            name=f"{graph}.{name}",
+            role=role,
+            layer=index,
+            out_features=rows,
+            in_features=columns,
+            weight=tuple(Slice(f"{block}.{stored}.weight", start, stop, transposed=True) for start, stop in bounds),
+            bias=tuple(Slice(f"{block}.{stored}.bias", start, stop) for start, stop in bounds),
+            graph_weights=tuple(f"{graph}.{part}.weight" for part in parts),
+            graph_biases=tuple(f"{graph}.{part}.bias" for part in parts),
+            norm=norm,
+        )
+
+    first, second = (tuple(f"{graph}.{norm}.{kind}" for kind in ("weight", "bias")) for norm in ("ln_1", "ln_2"))
+    return (
+        linear("attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv"), first),
+        linear("attn.o_proj", "attention_output", hidden, hidden, "attn.c_proj", ("attn.o_proj",)),
+        linear("mlp.up_proj", "up", inner, hidden, "mlp.c_fc", ("mlp.up_proj",), second),
+        linear("mlp.down_proj", "down", hidden, inner, "mlp.c_proj", ("mlp.down_proj",)),
+    )
+
+
+FAMILY = Gpt2()

@@ -1,0 +1,120 @@
+"""The decoder's graph: a skeleton goes in, a graph whose weights lie where the plan says comes out.
+
+Requires a skeleton (names, no values) and a :class:`~compress.plan.Plan`; runs the rules of ``graph/rules`` in order;
+ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that each
+rule fired as often as the decoder has places for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compress.contracts import FloatArray
+from compress.errors import CompressError
+from compress.graph.rules import linear, logits_to_keep, names, rotary, table
+from compress.graph.rules._edit import Weights
+from compress.plan import Plan
+from compress.profile import Profile
+
+#: RMSNormalization is standard from here on; what is older loads in more runtimes.
+OPSET = 23
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """The finished graph.
+
+    Attributes:
+        model: Initializers refer to ``model.onnx.data``, or are inline.
+        constants: Arrays that the skeleton computed and the writer must store, by planned name.
+        fired: How often each rule fired.
+    """
+
+    model: ir.Model
+    constants: Mapping[str, FloatArray]
+    fired: Mapping[str, int]
+
+
+def build_decoder(
+    skeleton: Path, plan: Plan, profile: Profile, inline: Mapping[str, FloatArray], *, data_name: str
+) -> DecoderGraph:
+    """Rewrite the skeleton for the plan.
+
+    Args:
+        skeleton: File that :func:`compress.graph.skeleton.build_skeleton` wrote.
+        plan: Fates and places of every weight.
+        profile: Accuracy level and the default of ``logits_to_keep``.
+        inline: Values of the planned tensors that are too small for the data file, by planned name.
+        data_name: File name of the external data, as the graph refers to it.
+
+    Raises:
+        CompressError: A rule fired less often than the decoder has places for it.
+    """
+    model = ir.load(skeleton)
+    weights = Weights(model.graph, plan, inline, data_name)
+    fired: dict[str, int] = {}
+    constants: dict[str, FloatArray] = {}
+    names.normalise(model)
+    fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
+    fired["table"] = table.apply(model.graph, plan, weights)
+    fired["vector"] = _place_vectors(model.graph, plan, weights)
+    if plan.decoder.rope_shape is not None:
+        constants = rotary.apply(model.graph, plan, weights)
+    fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
+    _check(model.graph, plan, fired)
+    model.functions.clear()  # fallback bodies of fused operators, which every supported provider has kernels for
+    model.opset_imports[""] = OPSET
+    model.producer_name = "compress"
+    model.producer_version = None
+    model.graph.name = plan.model_type
+    return DecoderGraph(model, constants, fired)
+
+
+def _place_vectors(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
+    placed = 0
+    for vector in plan.decoder.vectors:
+        old = graph.initializers.get(vector.graph_name)
+        if old is not None:
+            weights.replace(old, weights.value(plan.by_name[vector.graph_name].stored[0]))
+            placed += 1
+    return placed
+
+
+def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
+    decoder = plan.decoder
+    expected = {
+        "linear": len(decoder.linears),
+        "table": len(decoder.tables),
+        "vector": len(decoder.vectors),
+        "logits_to_keep": 1,
+    }
+    short = [f"{rule} {fired[rule]} of {count}" for rule, count in expected.items() if fired[rule] != count]
+    attention = sum(node.op_type == "GroupQueryAttention" for node in graph)
+    if attention != decoder.layers:
+        short.append(f"fused attention {attention} of {decoder.layers}")
+    skipped = sum(node.op_type.startswith("Skip") for node in graph)
+    # Every norm but the first follows a residual sum, two a block; GPT-2's first one follows the position sum.
+    if skipped < 2 * decoder.layers:
+        short.append(f"fused residual norms {skipped} of {2 * decoder.layers}")
+    unplaced = [
+        name
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == "not-written"
+    ]
+    if short or unplaced:
+        raise CompressError(
+            "the graph is not what the plan expects: " + ", ".join(short + [f"{name} has no value" for name in unplaced]),
+            hint="mobius-onnx may have changed: install the version that pyproject.toml pins, or report the model",
+        )
+
+
+def serialize(model: ir.Model, path: Path) -> int:
+    """Write the graph file and return its bytes; the external data is not touched."""
+    data = ir.to_proto(model).SerializeToString(deterministic=True)
+    path.write_bytes(data)
+    return len(data)
+

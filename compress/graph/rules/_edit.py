@@ -1,0 +1,102 @@
+"""Small edits that every rule needs: making initializers for planned bytes, replacing values, dropping dead nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.contracts import FloatArray
+from compress.plan import Plan, StoredTensor
+
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "uint8": ir.DataType.UINT8,
+}
+
+
+class Weights:
+    """Makes graph values for planned tensors: a reference into the data file, or the value itself when it is small."""
+
+    def __init__(self, graph: ir.Graph, plan: Plan, inline: Mapping[str, FloatArray], data_name: str) -> None:
+        self.graph = graph
+        self.plan = plan
+        self._inline = inline
+        self._data_name = data_name
+        self._widened: dict[str, ir.Value] = {}
+
+    def value(self, stored: StoredTensor, *, name: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:
+        """Return an initializer over ``stored``'s bytes; another ``shape`` of the same size is another view of them."""
+        name, shape = name or stored.name, shape or stored.shape
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        dtype = _DTYPES[stored.dtype]
+        tensor: ir.TensorProtocol
+        if stored.offset is None:
+            tensor = ir.tensor(np.asarray(self._inline[stored.name]).reshape(shape), name=name)
+        else:
+            tensor = ir.ExternalTensor(
+                self._data_name, stored.offset, stored.nbytes, dtype, shape=ir.Shape(shape), name=name
+            )
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def scales(self, stored: StoredTensor, before: ir.Node) -> ir.Value:
+        """Return float32 scales; float16 ones get a Cast, which runtimes fold into a constant when they load."""
+        value = self.value(stored)
+        if stored.dtype == "float32":
+            return value
+        if stored.name not in self._widened:
+            output = ir.Value(name=f"{stored.name}.float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            node(self.graph, before, "Cast", [value], [output], to=int(ir.DataType.FLOAT))
+            self._widened[stored.name] = output
+        return self._widened[stored.name]
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every user of ``old`` read ``new``, and drop ``old``."""
+        if old is new:
+            return
+        ir.convenience.replace_all_uses_with(old, new)
+        if old.name in self.graph.initializers and self.graph.initializers[old.name] is old:
+            del self.graph.initializers[old.name]
+
+
+def node(
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: Iterable[ir.Value | None],
+    outputs: Iterable[ir.Value],
+    *,
+    domain: str = "",
+    **attributes: Any,
+) -> ir.Node:
+    """Insert a node before another one; attributes are integers, floats, strings or lists of them."""
+    outputs = list(outputs)
+    made = ir.node(
+        op_type, inputs=list(inputs), outputs=outputs, domain=domain, attributes=attributes, name=f"{outputs[0].name}/{op_type}"
+    )
+    graph.insert_before(before, made)
+    return made
+
+
+def drop(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
+    """Remove nodes whose outputs nobody reads any more, and initializers that only they read."""
+    for dead in nodes:
+        if dead.graph is None or any(output.uses() or output.is_graph_output() for output in dead.outputs):
+            continue
+        inputs = [value for value in dead.inputs if value is not None]
+        graph.remove(dead, safe=True)
+        for value in inputs:
+            if value.name in graph.initializers and not value.uses() and not value.is_graph_input():
+                del graph.initializers[value.name]
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """Return the one node that reads a value, ``None`` if there are several or none."""
+    users = {user for user, _ in value.uses()}
+    return next(iter(users)) if len(users) == 1 else None

@@ -1,0 +1,47 @@
+"""Embedding tables: ``Gather(weight, ids)`` -> ``com.microsoft.GatherBlockQuantized(codes, ids, scales, zero_points?)``.
+
+A tied table's codes are stored once: here they are read as [V, bytes], by the head as [V, blocks, bytes a block].
+A table that stays float32 keeps its Gather.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from compress.errors import CompressError
+from compress.graph.rules._edit import Weights, drop, node
+from compress.plan import Plan
+
+
+def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
+    """Replace every table of the plan; returns how many."""
+    for table in plan.decoder.tables:
+        fate = plan.by_name[table.name]
+        old = graph.initializers.get(table.graph_name)
+        gather = next((user for user, _ in old.uses() if user.op_type == "Gather"), None) if old is not None else None
+        if old is None or gather is None:
+            raise CompressError("the graph skeleton lacks an embedding that the family describes", where=table.graph_name)
+        if fate.scheme is None:
+            gather.replace_input_with(0, weights.value(fate.stored[0]))
+            if not old.uses() and old.name in graph.initializers and graph.initializers[old.name] is old:
+                del graph.initializers[old.name]
+            continue
+        codes, scales, *rest = fate.stored
+        output = ir.Value(name=gather.outputs[0].name)
+        inputs: list[ir.Value | None] = [weights.value(codes), gather.inputs[1], weights.scales(scales, gather)]
+        inputs += [weights.value(tensor) for tensor in rest]
+        node(
+            graph,
+            gather,
+            "GatherBlockQuantized",
+            inputs,
+            [output],
+            domain="com.microsoft",
+            bits=fate.scheme.bits,
+            block_size=fate.scheme.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        ir.convenience.replace_all_uses_with(gather.outputs[0], output)
+        drop(graph, [gather])
+    return len(plan.decoder.tables)

@@ -1,0 +1,73 @@
+"""Worker: build a decoder's graph without weights, in a process of its own.
+
+mobius, torch and transformers take some 400 MB just to be imported; in another process they are gone before the first
+weight is read, and the memory promise holds.
+
+Called as ``python -m compress.graph.skeleton CONFIG_DIRECTORY OUTPUT.onnx``. Weights come out as references to external
+data that does not exist: names, types and shapes only. Tables that the skeleton computes itself (rotary cosine and sine)
+come out with their values.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from compress.errors import WorkerError
+
+_TIMEOUT_SECONDS = 600
+_LOG_LINES = 12
+
+
+def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping[str, str] | None = None) -> None:
+    """Run the worker on a directory that holds ``config.json`` and wait for ``output``.
+
+    Raises:
+        WorkerError: It failed or took too long; the message holds the end of its log.
+    """
+    command = [sys.executable, "-m", "compress.graph.skeleton", str(config_directory.resolve()), str(output.resolve())]
+    # Offline, or a local directory is looked up on the hub first, for minutes. One thread: nothing here is parallel.
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            env={**(environment or os.environ), **offline},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerError(f"building the graph skeleton took more than {_TIMEOUT_SECONDS} s") from None
+    if done.returncode or not output.is_file():
+        tail = "\n".join(done.stderr.strip().splitlines()[-_LOG_LINES:])
+        raise WorkerError(
+            f"building the graph skeleton failed (exit {done.returncode})",
+            where=tail or None,
+            hint="check config.json; with --debug the whole log is shown",
+        )
+
+
+def _work(config_directory: str, output: str) -> None:
+    import mobius
+    import onnx_ir as ir
+
+    # Without an explicit float32 a bfloat16 checkpoint silently gets an unfused attention on CPU.
+    package = mobius.build(config_directory, load_weights=False, execution_provider="cpu", dtype="f32")
+    model = package["model"]
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            assert value.dtype is not None
+            assert value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                location="not-written", offset=0, length=0, dtype=value.dtype, shape=value.shape, name=name
+            )
+    ir.save(model, output)
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])

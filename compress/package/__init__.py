@@ -1,0 +1,1 @@
+"""Packaging: the data file, the manifest, and one file a target."""

@@ -1,0 +1,98 @@
+"""``manifest.json``: where the artifact came from, how it was made, and the digest of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.contracts import Checkpoint, SourceFile
+from compress.errors import CompressError
+from compress.package.staging import write_file
+from compress.profile import Profile
+
+SCHEMA_VERSION = 1
+NAME = "manifest.json"
+#: Packages whose version can change the bytes or the numbers.
+TOOLS = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch", "transformers")
+_CHUNK = 1 << 20
+
+
+def digest(path: Path) -> str:
+    """Return a file's SHA-256, hexadecimal; the file is read in chunks."""
+    state = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the installed versions of :data:`TOOLS` and of compress itself."""
+    versions = {"compress": __version__}
+    for name in TOOLS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def build_manifest(
+    checkpoint: Checkpoint, profile: Profile, *, seed: int, files: Iterable[SourceFile], adapter: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the manifest without the artifact's own files; see :func:`write_manifest`."""
+    source: dict[str, Any] = {
+        "kind": checkpoint.kind,
+        "id": checkpoint.identifier,
+        "revision": checkpoint.revision,
+        "files": [{"name": item.name, "size": item.size, "sha256": item.sha256} for item in files],
+    }
+    if adapter:
+        source["adapter"] = dict(adapter)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "built",
+        "source": source,
+        "profile": profile.model_dump(mode="json", exclude_none=True),
+        "seed": seed,
+        "tools": tool_versions(),
+    }
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any], *, status: str | None = None) -> dict[str, Any]:
+    """Digest every file of the artifact and write ``manifest.json`` last."""
+    files = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != NAME and not path.name.endswith(".partial"):
+            files.append({"name": name, "size": path.stat().st_size, "sha256": digest(path)})
+    complete = {**manifest, "status": status or manifest["status"], "files": files}
+    write_file(directory / NAME, json.dumps(complete, indent=2, sort_keys=True) + "\n")
+    return complete
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read an artifact's manifest.
+
+    Raises:
+        CompressError: There is none, or it is not one this version understands.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        raise CompressError("not an artifact: it has no manifest.json", where=str(directory), hint="compress export makes one")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CompressError(f"manifest.json is damaged: {error}", where=str(path)) from None
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CompressError(
+            "manifest.json has another schema version than this compress understands",
+            where=str(path),
+            hint=f"schema_version {SCHEMA_VERSION} was expected",
+        )
+    return manifest

@@ -1,0 +1,106 @@
+"""The data file: space is claimed first, then every tensor is written at the offset that the plan gave it.
+
+Because offsets are known before work starts, row chunks may be finished in any order by any thread and the bytes are the
+same. The space is allocated up front, so a full disk is found out before hours of work, not after.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.errors import ResourceError
+
+#: Free space asked for beyond the artifact itself: graph, tokenizer, reports.
+_HEADROOM_BYTES = 64 << 20
+
+
+class DataFile:
+    """``model.onnx.data`` while it is written: claims ``size`` bytes, takes arrays at offsets, fsyncs on close."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            if size:
+                _allocate(self._descriptor, size)
+        except OSError as error:
+            self.close(sync=False)
+            path.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise no_space(path.parent, size) from None
+            raise
+
+    def write(self, offset: int, array: npt.NDArray[Any]) -> None:
+        """Write a C-contiguous array's bytes at ``offset``; safe from several threads.
+
+        Raises:
+            ResourceError: The disk is full after all (a file system that does not keep its promises).
+        """
+        view = memoryview(np.ascontiguousarray(array)).cast("B")
+        try:
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise no_space(self.path.parent, len(view)) from None
+            raise
+
+    def close(self, *, sync: bool = True) -> None:
+        """Flush to the disk (``sync``) and close; a second call does nothing."""
+        if self._descriptor >= 0:
+            try:
+                if sync:
+                    os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(sync=kind is None)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS: the file is extended, its blocks are claimed as they are written
+        os.ftruncate(descriptor, size)
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest ancestor directory that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse before work starts when ``needed`` bytes and some headroom are not free.
+
+    Raises:
+        ResourceError: With what is needed and what is there.
+    """
+    if shutil.disk_usage(existing_parent(directory)).free < needed + _HEADROOM_BYTES:
+        raise no_space(directory, needed + _HEADROOM_BYTES)
+
+
+def no_space(directory: Path, needed: int) -> ResourceError:
+    """Return the error for a full disk."""
+    free = shutil.disk_usage(existing_parent(directory)).free
+    return ResourceError(
+        f"not enough disk space: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free",
+        where=str(directory),
+        hint="free some space, or choose another place with -o",
+    )

@@ -1,0 +1,219 @@
+"""The plan: every tensor's fate, where its bytes will lie, and what that costs, from config and headers alone.
+
+Requires a :class:`~compress.contracts.Decoder` and a :class:`~compress.profile.Profile`; ensures that every byte of
+``model.onnx.data`` has an owner before work starts, so that the writer needs no order and the predicted size is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from compress.contracts import Checkpoint, Decoder, Linear, Role, Scheme, Slice, Table, TensorInfo
+from compress.profile import Profile
+from compress.quantize.packing import packed_row_bytes, zero_point_row_bytes
+from compress.quantize.scheme import check_scheme
+
+#: Smaller tensors stay inside the graph file: shapes and axes in external data make sessions fail to load.
+INLINE_LIMIT = 1024
+#: Large tensors start on a page so that a runtime can map them; the others on a cache line.
+_PAGE, _LINE, _PAGE_FROM = 4096, 64, 1 << 20
+
+DType = Literal["float32", "float16", "uint8"]
+_ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the artifact; ``offset`` is its place in ``model.onnx.data``, ``None`` when it stays in the graph."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without padding."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of one weight.
+
+    Attributes:
+        name: The weight's name in the artifact.
+        kind: ``matmul`` (weight of a linear), ``table`` (embedding) or ``vector`` (norm weight, bias).
+        role: Its role, ``None`` for vectors.
+        rows: Rows of the stacked weight; elements for a vector.
+        columns: Columns; 1 for a vector.
+        scheme: How it is quantized, ``None`` for float32.
+        reads: Where the rows come from.
+        stored: Codes, scales and zero points, or the float tensor.
+        norm: Graph names of the norm vectors in front of it.
+        tied: The same bytes serve the embedding and the head.
+    """
+
+    name: str
+    kind: Literal["matmul", "table", "vector"]
+    role: Role | None
+    rows: int
+    columns: int
+    scheme: Scheme | None
+    reads: tuple[Slice, ...]
+    stored: tuple[StoredTensor, ...]
+    norm: tuple[str, ...] = ()
+    tied: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, without padding."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fates in file order and the predictions that follow from them; sizes in bytes."""
+
+    model_type: str
+    profile: str
+    decoder: Decoder
+    fates: tuple[Fate, ...]
+    data_bytes: int
+    source_bytes: int
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Fate]:
+        """Return the fates by name."""
+        return {fate.name: fate for fate in self.fates}
+
+    @property
+    def weight_count(self) -> int:
+        """Parameters, each counted once."""
+        return sum(fate.rows * fate.columns for fate in self.fates)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits a parameter takes in ``model.onnx.data``, scales included."""
+        return 8 * sum(fate.nbytes for fate in self.fates) / self.weight_count
+
+
+def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Plan:
+    """Assign a scheme and a place in the file to every tensor.
+
+    Raises:
+        UsageError: A scheme that cannot be, or that the profile's provider cannot run.
+    """
+    layout = _Layout()
+    fates: list[Fate] = []
+    for table in decoder.tables:
+        fates.append(_plan_table(table, decoder, profile, layout))
+    for linear in decoder.linears:
+        if linear.role == "head" and decoder.tied:
+            continue
+        scheme = _checked(profile, linear.role)
+        fates.append(_plan_linear(linear, scheme, profile, layout))
+        if linear.bias:
+            fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
+    for vector in decoder.vectors:
+        fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
+    if decoder.rope_shape is not None:
+        # The skeleton computes the rotary tables; here they only need a place.
+        for name in ("cos_cache", "sin_cache"):
+            fates.append(
+                Fate(name, "vector", None, *decoder.rope_shape, None, (), layout.place((name, "float32", decoder.rope_shape)))
+            )
+    return Plan(
+        model_type=decoder.model_type,
+        profile=profile.name,
+        decoder=decoder,
+        fates=tuple(fates),
+        data_bytes=layout.end,
+        source_bytes=_source_bytes(decoder, checkpoint.tensors()),
+    )
+
+
+class _Layout:
+    """Hands out aligned places in the data file, in the order they are asked for."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def place(self, *tensors: tuple[str, DType, tuple[int, ...]]) -> tuple[StoredTensor, ...]:
+        placed = []
+        for name, dtype, shape in tensors:
+            tensor = StoredTensor(name, dtype, shape)
+            if tensor.nbytes >= INLINE_LIMIT:
+                align = _PAGE if tensor.nbytes >= _PAGE_FROM else _LINE
+                offset = -(-self.end // align) * align
+                self.end = offset + tensor.nbytes
+                tensor = StoredTensor(name, dtype, shape, offset)
+            placed.append(tensor)
+        return tuple(placed)
+
+
+def _checked(profile: Profile, role: Role) -> Scheme | None:
+    scheme = profile.quantize.scheme(role)
+    if scheme is not None:
+        check_scheme(scheme)
+    return scheme
+
+
+def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layout) -> Fate:
+    # Position tables are small and every token reads one row of them: quantizing them saves nothing worth its error.
+    scheme = _checked(profile, "embedding") if table.role == "token" else None
+    tied = decoder.tied and table.role == "token"
+    head = next((linear for linear in decoder.linears if linear.role == "head"), None)
+    if scheme is None:
+        stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
+    else:
+        stored = layout.place(*_quantized(table.name, table.rows, table.columns, scheme, profile))
+    norm = head.norm if tied and head is not None else ()
+    return Fate(
+        table.name, "table", "embedding", table.rows, table.columns, scheme, (table.source,), stored, norm=norm, tied=tied
+    )
+
+
+def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout: _Layout) -> Fate:
+    if scheme is None:
+        # [K, N]: what MatMul reads without a transposed copy at load time.
+        stored = layout.place((f"{linear.name}.weight", "float32", (linear.in_features, linear.out_features)))
+    else:
+        stored = layout.place(*_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile))
+    return Fate(
+        linear.name, "matmul", linear.role, linear.out_features, linear.in_features, scheme, linear.weight, stored, linear.norm
+    )
+
+
+def _plan_vector(name: str, size: int, reads: tuple[Slice, ...], layout: _Layout) -> Fate:
+    return Fate(name, "vector", None, size, 1, None, reads, layout.place((name, "float32", (size,))))
+
+
+def _quantized(
+    name: str, rows: int, columns: int, scheme: Scheme, profile: Profile
+) -> list[tuple[str, DType, tuple[int, ...]]]:
+    blocks = scheme.blocks(columns)
+    tensors: list[tuple[str, DType, tuple[int, ...]]] = [
+        (f"{name}.codes", "uint8", (rows, packed_row_bytes(columns, scheme))),
+        (f"{name}.scales", profile.quantize.scale_dtype, (rows, blocks)),
+    ]
+    if not scheme.symmetric:
+        tensors.append((f"{name}.zero_points", "uint8", (rows, zero_point_row_bytes(columns, scheme))))
+    return tensors
+
+
+def _source_bytes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return what the tensors take in the source; without headers, at the two bytes of a published checkpoint."""
+    names = {piece.tensor for linear in decoder.linears for piece in (*linear.weight, *linear.bias)}
+    names |= {table.source.tensor for table in decoder.tables} | {vector.source.tensor for vector in decoder.vectors}
+    if tensors:
+        return sum(tensors[name].nbytes for name in names)
+    count = sum(table.rows * table.columns for table in decoder.tables) + sum(vector.size for vector in decoder.vectors)
+    count += sum(l.out_features * (l.in_features + bool(l.bias)) for l in decoder.linears if not (l.role == "head" and decoder.tied))
+    return 2 * count

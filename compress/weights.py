@@ -1,0 +1,205 @@
+"""From checkpoint rows to stored bytes: read, check, quantize, pack, write - a few rows at a time.
+
+Requires a plan whose every tensor has its place; ensures that the data file is complete. Peak memory is a few megabytes
+a thread (for float32 linears: one tensor), whatever the model's size, because rows are quantized independently of each
+other and written wherever they belong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.contracts import Checkpoint, FloatArray, Quantizer, Slice
+from compress.errors import SourceError
+from compress.package.writer import DataFile
+from compress.plan import Fate, Plan, StoredTensor
+from compress.quantize.packing import pack_codes, pack_zero_points
+from compress.quantize.round_to_nearest import first_nonfinite
+
+#: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
+CHUNK_WEIGHTS = 1 << 21
+#: Progress after a number of weights is done: (weights done so far, weights in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows ``[start, stop)`` of a fate's stacked weight."""
+
+    fate: Fate
+    start: int
+    stop: int
+
+
+def read_inline(plan: Plan, checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the planned tensors that stay in the graph file, by planned name."""
+    inline: dict[str, FloatArray] = {}
+    for fate in plan.fates:
+        if fate.kind == "vector" and fate.reads and fate.stored[0].offset is None:
+            inline[fate.stored[0].name] = read_rows(checkpoint, fate, 0, fate.rows).reshape(fate.stored[0].shape)
+    return inline
+
+
+def write_weights(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    quantizer: Quantizer,
+    data: DataFile,
+    *,
+    constants: Mapping[str, FloatArray],
+    inline: dict[str, npt.NDArray[np.generic]],
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write every planned tensor; those too small for the data file go to ``inline`` by planned name.
+
+    Raises:
+        SourceError: A weight is NaN or infinite (which tensor, which element), or cannot be read.
+    """
+    stream = _Stream(plan, checkpoint, quantizer, data, inline, progress)
+    for name, array in constants.items():
+        stream.store(plan.by_name[name].stored[0], 0, array)
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool:
+        futures = [pool.submit(stream.run, task) for task in _tasks(plan)]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            # One bad tensor, or Ctrl-C, must not wait for the gigabytes behind it.
+            stream.stopped.set()
+            for future in futures:
+                future.cancel()
+
+
+def _tasks(plan: Plan) -> Iterator[_Task]:
+    for fate in plan.fates:
+        if not fate.reads:
+            continue
+        whole = fate.kind == "matmul" and fate.scheme is None  # transposed on the way: needs all rows at once
+        whole = whole or any(piece.transposed for piece in fate.reads)
+        step = fate.rows if whole else max(1, CHUNK_WEIGHTS // fate.columns)
+        for start in range(0, fate.rows, step):
+            yield _Task(fate, start, min(start + step, fate.rows))
+
+
+class _Stream:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        quantizer: Quantizer,
+        data: DataFile,
+        inline: dict[str, npt.NDArray[np.generic]],
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.checkpoint, self.quantizer, self.data, self.inline = plan, checkpoint, quantizer, data, inline
+        self.stopped = threading.Event()
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+        self._norms: dict[str, FloatArray] = {}
+
+    def run(self, task: _Task) -> None:
+        """Read, check, quantize and write one task's rows."""
+        if self.stopped.is_set():
+            return
+        fate = task.fate
+        rows = read_rows(self.checkpoint, fate, task.start, task.stop)
+        if fate.scheme is not None:
+            self._quantize(task, rows)
+        elif fate.kind == "matmul":
+            self._transpose(fate, rows)
+        else:
+            self.store(fate.stored[0], task.start, rows.reshape(-1, *fate.stored[0].shape[1:]))
+        with self._lock:
+            self._done += rows.size
+            if self._progress is not None:
+                self._progress(self._done, self.plan.weight_count)
+
+    def _quantize(self, task: _Task, rows: FloatArray) -> None:
+        fate, scheme = task.fate, task.fate.scheme
+        assert scheme is not None
+        codes, scales, *zero_points = fate.stored
+        result = self.quantizer.quantize(rows, scheme, self._importance(fate))
+        self.store(codes, task.start, pack_codes(result.codes, scheme.bits))
+        self.store(scales, task.start, result.scales.astype(scales.dtype, copy=False))
+        if zero_points:
+            assert result.zero_points is not None
+            self.store(zero_points[0], task.start, pack_zero_points(result.zero_points, scheme.bits))
+
+    def _transpose(self, fate: Fate, rows: FloatArray) -> None:
+        """Store [N, K] as [K, N], a band of columns at a time so that no second copy of the tensor exists."""
+        stored = fate.stored[0]
+        step = max(1, CHUNK_WEIGHTS // fate.rows)
+        for start in range(0, fate.columns, step):
+            self.store(stored, start, np.ascontiguousarray(rows[:, start : start + step].T))
+
+    def _importance(self, fate: Fate) -> FloatArray | None:
+        """Return the squared norm weight of each input channel: what the data-free search knows of its inputs."""
+        if not fate.norm:
+            return None
+        name = fate.norm[0]
+        if name not in self._norms:
+            norm = self.plan.by_name[name]
+            weight = read_rows(self.checkpoint, norm, 0, norm.rows).reshape(-1)
+            self._norms[name] = np.square(weight)
+        return self._norms[name]
+
+    def store(self, stored: StoredTensor, row: int, array: npt.NDArray[np.generic]) -> None:
+        """Write rows of a stored tensor, from row ``row`` on."""
+        if stored.offset is None:
+            with self._lock:
+                target = self.inline.setdefault(stored.name, np.zeros(stored.shape, stored.dtype))
+                target[row : row + len(array)] = array
+            return
+        row_bytes = stored.nbytes // stored.shape[0]
+        self.data.write(stored.offset + row * row_bytes, array)
+
+
+def read_rows(checkpoint: Checkpoint, fate: Fate, start: int, stop: int) -> FloatArray:
+    """Return rows ``[start, stop)`` of a fate's stacked weight, float32 ``[stop - start, columns]``, checked finite.
+
+    Raises:
+        SourceError: A value is NaN or infinite; the message names tensor and element.
+    """
+    parts: list[FloatArray] = []
+    below = 0
+    for piece in fate.reads:
+        length = _length(piece, checkpoint)
+        first, last = max(start - below, 0), min(stop - below, length)
+        below += length
+        if first < last:
+            parts.append(_read_piece(checkpoint, piece, piece.start + first, piece.start + last))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _length(piece: Slice, checkpoint: Checkpoint) -> int:
+    if piece.stop is not None:
+        return piece.stop - piece.start
+    shape = checkpoint.tensors()[piece.tensor].shape
+    return (shape[-1] if piece.transposed else shape[0]) - piece.start
+
+
+def _read_piece(checkpoint: Checkpoint, piece: Slice, first: int, last: int) -> FloatArray:
+    if piece.transposed:
+        whole = checkpoint.read(piece.tensor)
+        array = np.ascontiguousarray(whole[:, first:last].T)
+    else:
+        array = checkpoint.read(piece.tensor, first, last)
+    bad = first_nonfinite(array)
+    if bad is not None:
+        position = np.unravel_index(bad, array.shape)
+        row = int(position[0]) + first
+        raise SourceError(
+            f"a weight is not a finite number: {array[position]}",
+            where=f"{piece.tensor}, {'column' if piece.transposed else 'row'} {row}",
+            hint="the checkpoint is damaged, or its training diverged; fetch it again",
+        )
+    return array
