@@ -6,15 +6,17 @@ Requires a :class:`~compress.contracts.Decoder` and a :class:`~compress.profile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from compress.contracts import Checkpoint, Decoder, Linear, Role, Scheme, Slice, Table, TensorInfo
 from compress.profile import Profile
-from compress.quantize.packing import packed_row_bytes, zero_point_row_bytes
-from compress.quantize.scheme import check_scheme
+from compress.providers import load as load_provider
+from compress.errors import UsageError
+from compress.quantize.packing import table_bytes, weight_bytes, zero_point_bytes
+from compress.quantize.scheme import BLOCK_SIZES, validate_scheme
 
 #: Smaller tensors stay inside the graph file: shapes and axes in external data make sessions fail to load.
 INLINE_LIMIT = 1024
@@ -161,7 +163,10 @@ class _Layout:
 def _checked(profile: Profile, role: Role) -> Scheme | None:
     scheme = profile.quantize.scheme(role)
     if scheme is not None:
-        check_scheme(scheme)
+        validate_scheme(scheme, where=f"profile {profile.name}, role {role}")
+        reason = load_provider(profile.provider).supports(scheme)
+        if reason is not None:
+            raise UsageError(reason, where=f"profile {profile.name}, role {role}", hint="change quantize.* with --set")
     return scheme
 
 
@@ -173,7 +178,16 @@ def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layou
     if scheme is None:
         stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
     else:
-        stored = layout.place(*_quantized(table.name, table.rows, table.columns, scheme, profile))
+        if tied and table.columns % scheme.block_size:
+            # A head pads its rows to whole blocks, an embedding does not: only then are they the same bytes.
+            fitting = [str(size) for size in BLOCK_SIZES if table.columns % size == 0]
+            raise UsageError(
+                f"a tied table of {table.columns} columns cannot be stored once in blocks of {scheme.block_size}",
+                where=f"profile {profile.name}, role embedding",
+                hint=f"--set quantize.roles.embedding.block_size={fitting[-1]}" if fitting
+                else "--set quantize.roles.embedding.bits=32",
+            )
+        stored = layout.place(*_quantized(table.name, table.rows, table.columns, scheme, profile, table_bytes))
     norm = head.norm if tied and head is not None else ()
     return Fate(
         table.name, "table", "embedding", table.rows, table.columns, scheme, (table.source,), stored, norm=norm, tied=tied
@@ -185,7 +199,7 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
         # [K, N]: what MatMul reads without a transposed copy at load time.
         stored = layout.place((f"{linear.name}.weight", "float32", (linear.in_features, linear.out_features)))
     else:
-        stored = layout.place(*_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile))
+        stored = layout.place(*_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes))
     return Fate(
         linear.name, "matmul", linear.role, linear.out_features, linear.in_features, scheme, linear.weight, stored, linear.norm
     )
@@ -196,15 +210,19 @@ def _plan_vector(name: str, size: int, reads: tuple[Slice, ...], layout: _Layout
 
 
 def _quantized(
-    name: str, rows: int, columns: int, scheme: Scheme, profile: Profile
+    name: str,
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    profile: Profile,
+    code_bytes: Callable[[int, int, Scheme], int],
 ) -> list[tuple[str, DType, tuple[int, ...]]]:
-    blocks = scheme.blocks(columns)
     tensors: list[tuple[str, DType, tuple[int, ...]]] = [
-        (f"{name}.codes", "uint8", (rows, packed_row_bytes(columns, scheme))),
-        (f"{name}.scales", profile.quantize.scale_dtype, (rows, blocks)),
+        (f"{name}.codes", "uint8", (rows, code_bytes(1, columns, scheme))),
+        (f"{name}.scales", profile.quantize.scale_dtype, (rows, scheme.blocks(columns))),
     ]
     if not scheme.symmetric:
-        tensors.append((f"{name}.zero_points", "uint8", (rows, zero_point_row_bytes(columns, scheme))))
+        tensors.append((f"{name}.zero_points", "uint8", (rows, zero_point_bytes(1, columns, scheme))))
     return tensors
 
 
@@ -215,5 +233,5 @@ def _source_bytes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> int:
     if tensors:
         return sum(tensors[name].nbytes for name in names)
     count = sum(table.rows * table.columns for table in decoder.tables) + sum(vector.size for vector in decoder.vectors)
-    count += sum(l.out_features * (l.in_features + bool(l.bias)) for l in decoder.linears if not (l.role == "head" and decoder.tied))
+    count += sum(item.out_features * (item.in_features + bool(item.bias)) for item in decoder.linears if not (item.role == "head" and decoder.tied))
     return 2 * count

@@ -19,7 +19,7 @@ from compress.contracts import Checkpoint, FloatArray, Quantizer, Slice
 from compress.errors import SourceError
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
-from compress.quantize.packing import pack_codes, pack_zero_points
+from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 from compress.quantize.round_to_nearest import first_nonfinite
 
 #: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
@@ -128,11 +128,16 @@ class _Stream:
         assert scheme is not None
         codes, scales, *zero_points = fate.stored
         result = self.quantizer.quantize(rows, scheme, self._importance(fate))
-        self.store(codes, task.start, pack_codes(result.codes, scheme.bits))
+        packed = (
+            pack_table(result.codes, scheme, fate.columns)
+            if fate.kind == "table"
+            else pack_matmul_weight(result.codes, scheme)
+        )
+        self.store(codes, task.start, packed)
         self.store(scales, task.start, result.scales.astype(scales.dtype, copy=False))
         if zero_points:
             assert result.zero_points is not None
-            self.store(zero_points[0], task.start, pack_zero_points(result.zero_points, scheme.bits))
+            self.store(zero_points[0], task.start, pack_zero_points(result.zero_points, scheme))
 
     def _transpose(self, fate: Fate, rows: FloatArray) -> None:
         """Store [N, K] as [K, N], a band of columns at a time so that no second copy of the tensor exists."""

@@ -65,6 +65,7 @@ def build_decoder(
     if plan.decoder.rope_shape is not None:
         constants = rotary.apply(model.graph, plan, weights)
     fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
+    weights.restore_names()
     _check(model.graph, plan, fired)
     model.functions.clear()  # fallback bodies of fused operators, which every supported provider has kernels for
     model.opset_imports[""] = OPSET
@@ -77,7 +78,7 @@ def build_decoder(
 def _place_vectors(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     placed = 0
     for vector in plan.decoder.vectors:
-        old = graph.initializers.get(vector.graph_name)
+        old = weights.skeleton(vector.graph_name)
         if old is not None:
             weights.replace(old, weights.value(plan.by_name[vector.graph_name].stored[0]))
             placed += 1

@@ -27,12 +27,27 @@ class Weights:
         self._inline = inline
         self._data_name = data_name
         self._widened: dict[str, ir.Value] = {}
+        self._made: dict[str, ir.Value] = {}
+        self._skeleton = dict(graph.initializers)
+        # Planned tensors keep the checkpoint's names, so the skeleton's own values step aside.
+        for name, value in self._skeleton.items():
+            value.name = f"skeleton/{name}"
+
+    def skeleton(self, name: str) -> ir.Value | None:
+        """Return the skeleton's initializer of that name."""
+        return self._skeleton.get(name)
+
+    def restore_names(self) -> None:
+        """Give the skeleton's remaining constants their names back."""
+        for name, value in self._skeleton.items():
+            if value.is_initializer() and name not in self.graph.initializers:
+                value.name = name
 
     def value(self, stored: StoredTensor, *, name: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:
         """Return an initializer over ``stored``'s bytes; another ``shape`` of the same size is another view of them."""
         name, shape = name or stored.name, shape or stored.shape
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
+        if name in self._made:
+            return self._made[name]
         dtype = _DTYPES[stored.dtype]
         tensor: ir.TensorProtocol
         if stored.offset is None:
@@ -43,6 +58,7 @@ class Weights:
             )
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(value)
+        self._made[name] = value
         return value
 
     def scales(self, stored: StoredTensor, before: ir.Node) -> ir.Value:
@@ -58,11 +74,8 @@ class Weights:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every user of ``old`` read ``new``, and drop ``old``."""
-        if old is new:
-            return
         ir.convenience.replace_all_uses_with(old, new)
-        if old.name in self.graph.initializers and self.graph.initializers[old.name] is old:
-            del self.graph.initializers[old.name]
+        forget(self.graph, old)
 
 
 def node(
@@ -92,8 +105,13 @@ def drop(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
         inputs = [value for value in dead.inputs if value is not None]
         graph.remove(dead, safe=True)
         for value in inputs:
-            if value.name in graph.initializers and not value.uses() and not value.is_graph_input():
-                del graph.initializers[value.name]
+            forget(graph, value)
+
+
+def forget(graph: ir.Graph, value: ir.Value) -> None:
+    """Drop an initializer that nobody reads any more."""
+    if value.name is not None and graph.initializers.get(value.name) is value and not value.uses():
+        del graph.initializers[value.name]
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

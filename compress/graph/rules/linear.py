@@ -41,7 +41,7 @@ class _Place:
 def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int) -> int:
     """Replace every linear of the plan; returns how many."""
     for linear in plan.decoder.linears:
-        place = _find(graph, linear)
+        place = _find(weights, linear)
         tied = linear.role == "head" and plan.decoder.tied
         fate = plan.by_name[plan.decoder.tables[0].name if tied else linear.name]
         bias = plan.by_name.get(f"{linear.name}.bias")
@@ -49,11 +49,11 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int)
     return len(plan.decoder.linears)
 
 
-def _find(graph: ir.Graph, linear: Linear) -> _Place:
+def _find(weights: Weights, linear: Linear) -> _Place:
     products: list[ir.Node] = []
     dead: list[ir.Node] = []
     for name in linear.graph_weights:
-        weight = graph.initializers.get(name)
+        weight = weights.skeleton(name)
         product = _product(weight, dead) if weight is not None else None
         if product is None:
             raise CompressError("the graph skeleton lacks a linear layer that the family describes", where=name)
@@ -108,11 +108,7 @@ def _replace(
     else:
         _quantized(weights, linear, fate, bias_value, place, output, accuracy_level)
     if whole is not None:
-        is_output = whole.is_graph_output()
-        ir.convenience.replace_all_uses_with(whole, output)
-        if is_output:
-            position = list(graph.outputs).index(whole)
-            graph.outputs[position] = output
+        ir.convenience.replace_all_uses_with(whole, output, replace_graph_outputs=True)
     else:
         halves = [ir.Value(name=value.name) for value in place.outputs]
         node(graph, place.first, "Split", [output], halves, axis=-1, num_outputs=len(halves))

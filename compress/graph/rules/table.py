@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from compress.errors import CompressError
-from compress.graph.rules._edit import Weights, drop, node
+from compress.graph.rules._edit import Weights, drop, forget, node
 from compress.plan import Plan
 
 
@@ -17,14 +17,13 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     """Replace every table of the plan; returns how many."""
     for table in plan.decoder.tables:
         fate = plan.by_name[table.name]
-        old = graph.initializers.get(table.graph_name)
+        old = weights.skeleton(table.graph_name)
         gather = next((user for user, _ in old.uses() if user.op_type == "Gather"), None) if old is not None else None
         if old is None or gather is None:
             raise CompressError("the graph skeleton lacks an embedding that the family describes", where=table.graph_name)
         if fate.scheme is None:
             gather.replace_input_with(0, weights.value(fate.stored[0]))
-            if not old.uses() and old.name in graph.initializers and graph.initializers[old.name] is old:
-                del graph.initializers[old.name]
+            forget(graph, old)
             continue
         codes, scales, *rest = fate.stored
         output = ir.Value(name=gather.outputs[0].name)
