@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     options = parser.parse_args(arguments)
     cli = importlib.import_module("compress.cli")  # here, so that the page's parts can be tested without it
-    root = next((item for item in (getattr(cli, "main", None), getattr(cli, "cli", None)) if isinstance(item, click.Command)), None)
+    root = next(
+        (item for item in (getattr(cli, "main", None), getattr(cli, "cli", None)) if isinstance(item, click.Command)),
+        None,
+    )
     if root is None:
         raise SystemExit("compress.cli has no click command called main or cli")
     expected = reference(root, "compress")

@@ -53,10 +53,7 @@ def test_the_geometry_is_the_real_models(name: str, parameters: int, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    expected = {
-        key.removeprefix("transformer."): tuple(value.shape)
-        for key, value in model.named_parameters()
-    }
+    expected = {key.removeprefix("transformer."): tuple(value.shape) for key, value in model.named_parameters()}
     written = {spec.name: spec.shape for spec in geometry.specs(config) if spec.kind != "mask"}
     assert written == expected
     assert sum(int(np.prod(shape)) for shape in written.values()) == parameters
