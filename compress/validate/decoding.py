@@ -27,7 +27,9 @@ class CachedDecoder:
     """
 
     def __init__(self, session: Any) -> None:  # noqa: ANN401 - onnxruntime has no stubs
-        self._session = session
+        from onnxruntime import OrtValue
+
+        self._session, self._value = session, OrtValue.ortvalue_from_numpy
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
         self._past = {name: value for name, value in inputs.items() if name.startswith(_PAST)}
@@ -65,28 +67,21 @@ class CachedDecoder:
         """
         batch, new = ids.shape
         total = self.length + new
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
+        feeds = {"input_ids": ids.astype(np.int64, copy=False), "attention_mask": np.ones((batch, total), np.int64)}
         if self._positions:
-            positions = np.broadcast_to(np.arange(self.length, total, dtype=np.int64), (batch, new))
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+            feeds["position_ids"] = np.broadcast_to(np.arange(self.length, total, dtype=np.int64), (batch, new))
         if self._keep is not None:
-            binding.bind_cpu_input(_KEEP, np.full([1] * len(self._keep.shape), keep, np.int64))
-        for name, value in self._past.items():
-            if name in self._cache:
-                binding.bind_ortvalue_input(name, self._cache[name])
-            else:
-                binding.bind_cpu_input(name, self._empty(value, batch))
+            feeds[_KEEP] = np.full([1] * len(self._keep.shape), keep, np.int64)
+        if not self._cache:
+            feeds |= {name: self._empty(value, batch) for name, value in self._past.items()}
+        # Not an IOBinding: that refuses an input which has a default (it looks among the required ones only).
+        values = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()} | self._cache
         names = ["logits", *(_PRESENT + name.removeprefix(_PAST) for name in self._past)]
-        for name in names:
-            binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
+        logits, *present = self._session.run_with_ort_values(names, values)
         self._cache = dict(zip(self._past, present, strict=True))
         self.length = total
-        values: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
-        return values
+        result: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
+        return result
 
     def _empty(self, value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401
         """Return a cache of no positions for one input; heads and head size must be numbers in the graph."""

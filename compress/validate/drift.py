@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import CompressError
+from compress.validate.logits import Rows
 
 FloatArray = npt.NDArray[np.float64]
 CHUNK_ELEMENTS = 1 << 21
@@ -87,13 +88,11 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> FloatArray:
     return shifted
 
 
-def measure(
-    reference: npt.NDArray[np.float32], artifact: npt.NDArray[np.float32], windows: npt.NDArray[np.int64]
-) -> Drift:
+def measure(reference: Rows, artifact: Rows, windows: npt.NDArray[np.int64]) -> Drift:
     """Compare two arrays of logits on the same tokens.
 
     Args:
-        reference: float32 ``[windows * length, vocab]``, the source's logits.
+        reference: float32 ``[windows * length, vocab]``, the source's logits (an array, or a file of them).
         artifact: The artifact's, same shape.
         windows: int64 ``[windows, length]`` token ids, length at least 2.
 
@@ -144,9 +143,9 @@ def measure(
 
 
 def measure_decode(
-    reference: npt.NDArray[np.float32],
-    prefilled: npt.NDArray[np.float32],
-    decoded: npt.NDArray[np.float32],
+    reference: Rows,
+    prefilled: Rows,
+    decoded: Rows,
     steps: int,
 ) -> DecodeDrift:
     """Compare step-by-step decoding with the source and with the artifact's own prefill, at the same positions.
@@ -160,10 +159,11 @@ def measure_decode(
     Raises:
         CompressError: Shapes disagree, or a logit is not finite (names the window).
     """
-    vocab = _check_shapes(reference, prefilled, len(reference))
-    _check_shapes(reference, decoded, len(reference))
+    count = reference.shape[0]
+    vocab = _check_shapes(reference, prefilled, count)
+    _check_shapes(reference, decoded, count)
     sums, largest = np.zeros(3), 0.0
-    for window, start, stop in _chunks(len(reference) // steps, steps, vocab):
+    for window, start, stop in _chunks(count // steps, steps, vocab):
         rows = slice(window * steps + start, window * steps + stop)
         log_r = log_softmax(_finite(reference[rows], "reference", window))
         log_p = log_softmax(_finite(prefilled[rows], "artifact", window))
@@ -171,8 +171,8 @@ def measure_decode(
         own = _kl(log_p, log_d)
         sums += [_kl(log_r, log_d).sum(), _kl(log_r, log_p).sum(), own.sum()]
         largest = max(largest, float(own.max()))
-    means = sums / len(reference)
-    return DecodeDrift(len(reference), float(means[0]), float(means[1]), float(means[2]), largest)
+    means = sums / count
+    return DecodeDrift(count, float(means[0]), float(means[1]), float(means[2]), largest)
 
 
 def clustered_error(values: FloatArray) -> float | None:
@@ -210,8 +210,8 @@ def _finite(logits: npt.NDArray[np.float32], which: str, window: int) -> npt.NDA
     return logits
 
 
-def _check_shapes(reference: npt.NDArray[np.float32], artifact: npt.NDArray[np.float32], rows: int) -> int:
-    if reference.shape != artifact.shape or reference.ndim != 2 or len(reference) != rows:
+def _check_shapes(reference: Rows, artifact: Rows, rows: int) -> int:
+    if reference.shape != artifact.shape or len(reference.shape) != 2 or reference.shape[0] != rows:
         raise CompressError(
             f"logits of the reference are {list(reference.shape)}, of the artifact {list(artifact.shape)}, "
             f"and {rows} tokens were asked for"

@@ -14,6 +14,7 @@ Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` {str: 
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 import time
@@ -28,6 +29,7 @@ from compress import providers
 from compress.contracts import Provider
 from compress.errors import CompressError, ProviderError
 from compress.validate.decoding import CachedDecoder
+from compress.validate.logits import LogitsWriter
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 
 Progress = Callable[[float], None]
@@ -86,45 +88,49 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
 
 
-def open_output(path: str, rows: int, columns: int) -> npt.NDArray[np.float32]:
-    """Create a float32 .npy of ``[rows, columns]`` on disk and return it mapped, to be filled."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, columns))
-
-
 def _part(job: Path, index: int, count: int) -> Progress:
     return lambda fraction: report_progress(job, (index + fraction) / count)
 
 
 def _logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
     windows = np.load(item["windows"])
-    length = windows.shape[1]
-    output: npt.NDArray[np.float32] | None = None
-    for index, window in enumerate(windows):
-        decoder.reset()
-        logits = decoder.feed(window[None])[0]
-        if logits.shape[0] != length:
-            raise CompressError(f"the graph gave logits of {logits.shape[0]} of {length} positions")
-        if output is None:
-            output = open_output(item["output"], windows.size, logits.shape[1])
-        output[index * length : (index + 1) * length] = logits
-        progress((index + 1) / len(windows))
-    decoder.reset()
-    return {"shape": [] if output is None else list(output.shape)}
+
+    def prefill(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return np.asarray(decoder.feed(window[None])[0])
+
+    return _write(decoder, windows, prefill, windows.shape[1], item["output"], progress)
 
 
 def _cached_logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
-    windows, prefill = np.load(item["windows"]), int(item["prefill"])
-    steps = windows.shape[1] - prefill
-    output: npt.NDArray[np.float32] | None = None
-    for index, window in enumerate(windows):
-        decoder.reset()
-        decoder.feed(window[None, :prefill], keep=1)
-        for step in range(steps):
-            logits = decoder.feed(window[None, prefill + step : prefill + step + 1])[0]
+    windows, first = np.load(item["windows"]), int(item["prefill"])
+
+    def step_by_step(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        decoder.feed(window[None, :first], keep=1)
+        return np.stack([decoder.feed(token[None, None])[0, -1] for token in window[first:]])
+
+    return _write(decoder, windows, step_by_step, windows.shape[1] - first, item["output"], progress)
+
+
+def _write(
+    decoder: CachedDecoder,
+    windows: npt.NDArray[np.int64],
+    run: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
+    rows: int,
+    path: str,
+    progress: Progress,
+) -> Json:
+    """Write ``run(window)``, float32 ``[rows, vocab]``, for each window on an empty cache, one after the other."""
+    with contextlib.ExitStack() as stack:
+        output: LogitsWriter | None = None
+        for index, window in enumerate(windows):
+            decoder.reset()
+            logits = run(window)
+            if len(logits) != rows:
+                raise CompressError(f"the graph gave logits of {len(logits)} of {rows} positions")
             if output is None:
-                output = open_output(item["output"], len(windows) * steps, logits.shape[1])
-            output[index * steps + step] = logits[-1]
-        progress((index + 1) / len(windows))
+                output = stack.enter_context(LogitsWriter(path, len(windows) * rows, logits.shape[1]))
+            output.write(index * rows, 0, logits)
+            progress((index + 1) / len(windows))
     decoder.reset()
     return {"shape": [] if output is None else list(output.shape)}
 
