@@ -95,6 +95,18 @@ class Plan:
         """Return the fates by name."""
         return {fate.name: fate for fate in self.fates}
 
+    @cached_property
+    def graph_bytes(self) -> int:
+        """Predicted bytes of ``model.onnx``."""
+        from compress.graph.size import predict_graph_bytes
+
+        return predict_graph_bytes(self)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Predicted bytes of ``model.onnx`` and ``model.onnx.data`` together."""
+        return self.data_bytes + self.graph_bytes
+
     @property
     def weight_count(self) -> int:
         """Parameters, each counted once."""

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,13 @@ from compress.errors import SourceError
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
-from compress.quantize.round_to_nearest import first_nonfinite
+from compress.quantize.finite import first_nonfinite
 
 #: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
 CHUNK_WEIGHTS = 1 << 21
 #: Progress after a number of weights is done: (weights done so far, weights in all).
 Progress = Callable[[int, int], None]
+AnyArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class _Task:
     stop: int
 
 
-def read_inline(plan: Plan, checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the planned tensors that stay in the graph file, by planned name."""
-    inline: dict[str, FloatArray] = {}
+def read_inline(plan: Plan, checkpoint: Checkpoint, quantizer: Quantizer) -> dict[str, AnyArray]:
+    """Return the values of the planned tensors that stay in the graph file, by planned name."""
+    stream = _Stream(plan, checkpoint, quantizer, None, None)
     for fate in plan.fates:
-        if fate.kind == "vector" and fate.reads and fate.stored[0].offset is None:
-            inline[fate.stored[0].name] = read_rows(checkpoint, fate, 0, fate.rows).reshape(fate.stored[0].shape)
-    return inline
+        if fate.reads and any(stored.offset is None for stored in fate.stored):
+            stream.run(_Task(fate, 0, fate.rows))
+    return stream.inline
 
 
 def write_weights(
@@ -53,16 +55,15 @@ def write_weights(
     data: DataFile,
     *,
     constants: Mapping[str, FloatArray],
-    inline: dict[str, npt.NDArray[np.generic]],
     threads: int,
     progress: Progress | None = None,
 ) -> None:
-    """Write every planned tensor; those too small for the data file go to ``inline`` by planned name.
+    """Write every planned tensor that has its place in the data file.
 
     Raises:
         SourceError: A weight is NaN or infinite (which tensor, which element), or cannot be read.
     """
-    stream = _Stream(plan, checkpoint, quantizer, data, inline, progress)
+    stream = _Stream(plan, checkpoint, quantizer, data, progress)
     for name, array in constants.items():
         stream.store(plan.by_name[name].stored[0], 0, array)
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool:
@@ -95,11 +96,11 @@ class _Stream:
         plan: Plan,
         checkpoint: Checkpoint,
         quantizer: Quantizer,
-        data: DataFile,
-        inline: dict[str, npt.NDArray[np.generic]],
+        data: DataFile | None,
         progress: Progress | None,
     ) -> None:
-        self.plan, self.checkpoint, self.quantizer, self.data, self.inline = plan, checkpoint, quantizer, data, inline
+        self.plan, self.checkpoint, self.quantizer, self.data = plan, checkpoint, quantizer, data
+        self.inline: dict[str, AnyArray] = {}
         self.stopped = threading.Event()
         self._progress = progress
         self._done = 0
@@ -157,12 +158,14 @@ class _Stream:
             self._norms[name] = np.square(weight)
         return self._norms[name]
 
-    def store(self, stored: StoredTensor, row: int, array: npt.NDArray[np.generic]) -> None:
+    def store(self, stored: StoredTensor, row: int, array: AnyArray) -> None:
         """Write rows of a stored tensor, from row ``row`` on."""
         if stored.offset is None:
             with self._lock:
                 target = self.inline.setdefault(stored.name, np.zeros(stored.shape, stored.dtype))
                 target[row : row + len(array)] = array
+            return
+        if self.data is None:
             return
         row_bytes = stored.nbytes // stored.shape[0]
         self.data.write(stored.offset + row * row_bytes, array)

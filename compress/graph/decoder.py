@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from compress.contracts import FloatArray
@@ -40,7 +42,7 @@ class DecoderGraph:
 
 
 def build_decoder(
-    skeleton: Path, plan: Plan, profile: Profile, inline: Mapping[str, FloatArray], *, data_name: str
+    skeleton: Path, plan: Plan, profile: Profile, inline: Mapping[str, npt.NDArray[Any]], *, data_name: str
 ) -> DecoderGraph:
     """Rewrite the skeleton for the plan.
 
@@ -114,8 +116,19 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
 
 
 def serialize(model: ir.Model, path: Path) -> int:
-    """Write the graph file and return its bytes; the external data is not touched."""
-    data = ir.to_proto(model).SerializeToString(deterministic=True)
+    """Write the graph file and return its bytes; the external data is not touched.
+
+    Only what a runtime reads goes in: no comments, no traces of the builder, no types of intermediate values.
+    """
+    for node in model.graph:
+        node.doc_string = None
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    data = proto.SerializeToString(deterministic=True)
     path.write_bytes(data)
     return len(data)
-

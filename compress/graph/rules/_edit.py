@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from compress.contracts import FloatArray
 from compress.plan import Plan, StoredTensor
 
 _DTYPES = {
@@ -21,7 +21,7 @@ _DTYPES = {
 class Weights:
     """Makes graph values for planned tensors: a reference into the data file, or the value itself when it is small."""
 
-    def __init__(self, graph: ir.Graph, plan: Plan, inline: Mapping[str, FloatArray], data_name: str) -> None:
+    def __init__(self, graph: ir.Graph, plan: Plan, inline: Mapping[str, npt.NDArray[Any]], data_name: str) -> None:
         self.graph = graph
         self.plan = plan
         self._inline = inline

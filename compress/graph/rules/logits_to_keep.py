@@ -40,7 +40,8 @@ def apply(graph: ir.Graph, default: int) -> int:
     head.replace_input_with(0, kept)
     shape = graph.outputs[0].shape
     if shape is not None:
-        graph.outputs[0].shape = ir.Shape(["batch_size", "logits_length", shape[2]])
+        # onnxruntime-genai allocates the logits itself, and takes a numeric length for "the last position alone".
+        graph.outputs[0].shape = ir.Shape(["batch_size", default or "logits_length", shape[2]])
     return 1
 
 

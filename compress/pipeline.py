@@ -1,0 +1,150 @@
+"""The whole story on one screen: source -> plan -> graph and weights -> package -> validate -> gate -> report.
+
+Every stage takes what the one before it made; none of them holds the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress import catalog, resources, weights
+from compress.contracts import Checkpoint, Decoder
+from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, ResourceError, UsageError
+from compress.families import load_family
+from compress.package import genai, manifest, staging
+from compress.package.writer import DataFile, require_space
+from compress.plan import Plan, make_plan
+from compress.profile import Profile
+from compress.progress import Stages
+from compress.quantize import load_quantizer
+from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
+
+GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
+_TARGETS = {"genai"}
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What the user named: a short name, hub id, directory, package or GGUF file, with an adapter and a revision."""
+
+    reference: str
+    adapter: Path | None = None
+    revision: str | None = None
+
+    @property
+    def resolved(self) -> str:
+        """Return the reference itself, or what a short name of the catalog stands for."""
+        if Path(self.reference).exists():
+            return self.reference
+        entry = catalog.resolve(self.reference)
+        if entry is not None:
+            return entry.reference
+        if "/" not in self.reference and ":" not in self.reference:
+            raise UsageError(f"no model is called {self.reference!r}", hint=catalog.suggest(self.reference))
+        return self.reference
+
+    def open(self, *, config_only: bool = False) -> OpenCheckpoint:
+        """Open it; see :func:`compress.source.open_checkpoint`."""
+        return open_checkpoint(self.resolved, adapter=self.adapter, revision=self.revision, config_only=config_only)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""
+
+    eval_text: Path | None = None
+    max_memory: int | None = None
+    seed: int = 0
+    validate: bool = True
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export left behind; ``report`` is ``None`` when nothing was validated."""
+
+    output: Path
+    manifest: Mapping[str, Any]
+    report: Mapping[str, Any] | None
+    exit_code: int
+
+
+def describe(checkpoint: Checkpoint) -> Decoder:
+    """Read the model's structure through its family."""
+    return load_family(checkpoint.config).describe(checkpoint.config, checkpoint.tensors())
+
+
+def export(
+    model: ModelReference, profile: Profile, output: Path, options: ExportOptions, stages: Stages
+) -> ExportResult:
+    """Export a model: the artifact appears at ``output`` whole, or not at all.
+
+    Raises:
+        CompressError: Anything that went wrong; nothing is left behind then.
+    """
+    staging.check_output(output)
+    _check_targets(profile)
+    with model.open() as checkpoint:
+        with stages.stage("plan"):
+            require_tokenizer(checkpoint)
+            plan = make_plan(describe(checkpoint), profile, checkpoint)
+            resources.check(plan, profile, options)
+            require_space(output, plan.predicted_bytes)
+        with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
+            digests = background.submit(checkpoint.files)
+            build(checkpoint, plan, profile, directory, options.threads, stages)
+            record = manifest.build_manifest(
+                checkpoint,
+                profile,
+                seed=options.seed,
+                files=digests.result(),
+                adapter={"directory": model.adapter.name} if model.adapter else None,
+            )
+            report = None
+            if options.validate:
+                from compress.proof import prove
+
+                report = prove(model, checkpoint, plan, profile, directory, options, stages)
+            status = "built" if report is None else ("accepted" if report["verdict"]["status"] == "pass" else "rejected")
+            record = manifest.write_manifest(directory, record, status=status)
+    return ExportResult(output, record, report, EXIT_OUTSIDE_BUDGET if status == "rejected" else EXIT_OK)
+
+
+def build(
+    checkpoint: Checkpoint, plan: Plan, profile: Profile, directory: Path, threads: int, stages: Stages
+) -> None:
+    """Build graph, weights and package files into an existing directory; no validation, no manifest."""
+    # Imported here: the graph library is not needed to plan, list or explain.
+    from compress.graph.decoder import build_decoder, serialize
+    from compress.graph.skeleton import build_skeleton
+
+    skeleton = directory / ".skeleton.onnx"
+    with stages.stage("graph"):
+        build_skeleton(checkpoint.directory, skeleton)
+        quantizer = load_quantizer(profile.quantize.algorithm)
+        inline = weights.read_inline(plan, checkpoint, quantizer)
+        graph = build_decoder(skeleton, plan, profile, inline, data_name=DATA_NAME)
+        skeleton.unlink()
+    with stages.stage("weights", unit="weights") as meter, DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+        weights.write_weights(
+            plan, checkpoint, quantizer, data, constants=graph.constants, threads=threads, progress=meter
+        )
+    with stages.stage("package"):
+        serialize(graph.model, directory / GRAPH_NAME)
+        inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
+        for name, path in checkpoint.sidecars().items():
+            shutil.copyfile(path, directory / name)
+        shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
+        genai.write(directory, plan.decoder, checkpoint, inputs=inputs)
+
+
+def _check_targets(profile: Profile) -> None:
+    unknown = [target for target in profile.targets if target not in _TARGETS]
+    if unknown:
+        raise UsageError(f"no packager for target {unknown[0]!r}", where=f"profile {profile.name}", hint="known: genai")

@@ -1,0 +1,107 @@
+"""What a run will take: peak memory of every stage, predicted from sizes alone and held against ``--max-memory``.
+
+Constants are the resident set of a process that has only imported its libraries, measured on Linux x86-64 with the
+versions pinned in pyproject.toml; the rest follows from the buffers that the code holds. Predictions are for the largest
+single process: stages run one after another, workers end before the next one starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.errors import ResourceError
+from compress.plan import Fate, Plan
+from compress.profile import Profile
+from compress.sizes import format_size
+from compress.weights import CHUNK_WEIGHTS
+
+if TYPE_CHECKING:
+    from compress.pipeline import ExportOptions
+
+_MB = 1_000_000
+#: Python with numpy, onnx-ir and the command line.
+_MAIN = 130 * _MB
+#: mobius, torch and transformers, before the graph is built.
+_SKELETON = 390 * _MB
+#: torch and transformers in the reference worker.
+_REFERENCE = 450 * _MB
+#: onnxruntime and numpy in the worker that runs the artifact.
+_RUNTIME = 130 * _MB
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes of the largest process in each stage."""
+
+    graph: int
+    weights: int
+    validation: int
+
+    @property
+    def export(self) -> int:
+        """Return the peak without validation."""
+        return max(self.graph, self.weights)
+
+
+def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
+    """Predict the peak memory of an export's stages, in bytes."""
+    rope = plan.decoder.rope_shape
+    # The skeleton's rotary tables exist as arrays, as protobuf fields and as the serialized file at once.
+    rope_bytes = 2 * _FLOAT * rope[0] * rope[1] if rope is not None else 0
+    weights = _MAIN + 2 * rope_bytes + threads * max(_task_bytes(fate) for fate in plan.fates)
+    return Prediction(
+        graph=_SKELETON + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile)
+    )
+
+
+def _task_bytes(fate: Fate) -> int:
+    """Return what a worker thread holds for a task: source rows, their float32 copy, codes and scratch."""
+    whole = (fate.kind == "matmul" and fate.scheme is None) or any(piece.transposed for piece in fate.reads)
+    size = fate.rows * fate.columns if whole else min(fate.rows * fate.columns, CHUNK_WEIGHTS)
+    copies = 2.5 if any(piece.transposed for piece in fate.reads) else 2.0
+    return int(size * _FLOAT * copies) + 8 * _MB
+
+
+def _validation_bytes(plan: Plan, profile: Profile) -> int:
+    decoder, measured = plan.decoder, profile.validation
+    blocks: dict[int, int] = {}
+    for linear in decoder.linears:
+        if linear.layer is not None:
+            blocks[linear.layer] = blocks.get(linear.layer, 0) + linear.out_features * linear.in_features
+    states = 3 * measured.tokens * decoder.hidden_size * _FLOAT
+    attention = decoder.heads * measured.window * measured.window * _FLOAT * 2
+    logits = measured.window * decoder.vocab_size * _FLOAT
+    reference = _REFERENCE + 2 * max(blocks.values(), default=0) * _FLOAT + states + attention + 2 * logits
+    # Weights are mapped from the file, and packed into a second copy for the kernels when the session starts.
+    artifact = _RUNTIME + 2 * plan.data_bytes + 2 * logits
+    return max(reference, artifact)
+
+
+def check(plan: Plan, profile: Profile, options: ExportOptions) -> Prediction:
+    """Refuse before work starts when a stage is predicted to take more than ``options.max_memory``.
+
+    Raises:
+        ResourceError: Which stage needs how much, and what would help.
+    """
+    prediction = predict(plan, profile, options.threads)
+    if options.max_memory is None:
+        return prediction
+    needs: Mapping[str, int] = {
+        "export": prediction.export,
+        **({"validation": prediction.validation} if options.validate else {}),
+    }
+    for stage, needed in needs.items():
+        if needed > options.max_memory:
+            hint = (
+                "raise --max-memory, or validate elsewhere: --no-validate now, compress validate later"
+                if stage == "validation"
+                else f"raise --max-memory to {format_size(needed)}"
+            )
+            raise ResourceError(
+                f"{stage} would take {format_size(needed)}, more than --max-memory {format_size(options.max_memory)}",
+                hint=hint,
+            )
+    return prediction
