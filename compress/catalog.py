@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UnsupportedModelError, UsageError, did_you_mean
+from compress.families import load_family
 
 Task = Literal["text-generation", "feature-extraction", "sentence-similarity", "text-classification"]
 Support = Literal["supported", "planned"]
 ShortName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.\-]*$")]
 
 _CATALOG = Path(__file__).with_name("catalog.toml")
-_FAMILIES = Path(__file__).with_name("families")
 
 
 class CatalogEntry(BaseModel):
@@ -35,6 +35,7 @@ class CatalogEntry(BaseModel):
         task: Its Hugging Face pipeline task.
         parameters: Number of parameters, a tied table counted once.
         licence: SPDX identifier on its model card, or ``not stated``.
+        rope_type: Its config's rotary scaling; ``default`` without one.
         embedded: A ``package:`` reference to the same model inside a Python package, if there is one.
         note: What the user should know before exporting it.
     """
@@ -48,13 +49,18 @@ class CatalogEntry(BaseModel):
     task: Task
     parameters: Annotated[int, Field(gt=0)]
     licence: Annotated[str, StringConstraints(min_length=1)]
+    rope_type: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")] = "default"
     embedded: Annotated[str, StringConstraints(pattern=r"^package:[A-Za-z_]\w*/[\w.\-/]+$")] | None = None
     note: str | None = None
 
     @property
     def support(self) -> Support:
-        """``supported`` if this version has a family that reads its ``model_type``, else ``planned``."""
-        return "supported" if (_FAMILIES / f"{self.model_type}.py").is_file() else "planned"
+        """``supported`` if a family of this version takes its ``model_type`` and rotary scaling, else ``planned``."""
+        try:
+            family = load_family({"model_type": self.model_type})
+        except UnsupportedModelError:
+            return "planned"
+        return "supported" if self.rope_type in getattr(family, "ropes", ("default",)) else "planned"
 
     @property
     def reference(self) -> str:

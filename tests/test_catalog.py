@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from compress import catalog
-from compress.errors import UsageError
+from compress import catalog, families
+from compress.errors import SourceError, UnsupportedModelError, UsageError
+from compress.families import load_family
 
 MISSION = {
     "phi-3": "phi3",
@@ -79,13 +82,29 @@ def test_suggest_names_what_was_probably_meant() -> None:
     assert "phi-3" in catalog.suggest("qqqqqqqq")
 
 
-def test_support_follows_from_the_families_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_FAMILIES", tmp_path)
+@pytest.mark.parametrize(
+    ("known", "support"), [(("bert", "albert"), "supported"), (("bert",), "planned")], ids=["with", "without"]
+)
+def test_support_follows_from_the_families_that_exist(
+    known: tuple[str, ...], support: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("compress.families.albert")
+    module.FAMILY = SimpleNamespace(architectures=("AlbertModel",))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(families, "available_families", lambda: known)
     entry = catalog.resolve("albert")
     assert entry is not None
-    assert entry.support == "planned"
-    (tmp_path / "albert.py").write_text("")
-    assert entry.support == "supported"
+    assert entry.support == support
+
+
+@pytest.mark.parametrize("entry", [e for e in catalog.entries() if e.model_type != "gpt2"], ids=lambda e: str(e.name))
+def test_support_agrees_with_what_the_family_does(entry: catalog.CatalogEntry) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"model_type": entry.model_type, "rope_scaling": {"type": entry.rope_type}, "vocab_size": 8} | sizes
+    # A family that takes the model gets as far as its tensors, of which there are none here.
+    expected = SourceError if entry.support == "supported" else UnsupportedModelError
+    with pytest.raises(expected):
+        load_family(config).describe(config | {"max_position_embeddings": 8}, {})
 
 
 def test_the_embedded_package_comes_before_the_hub() -> None:
