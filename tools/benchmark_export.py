@@ -2,7 +2,7 @@
 
     python tools/benchmark_export.py CHECKPOINT [--repeat N] [--append docs/benchmarks.md]
 
-Both run on the same input in the same session, in turn when repeated, each as a child process of its own, after the
+Both run on the same input, in turn when repeated, each as a child process of its own, after the
 input was read once so that neither pays for a cold disk. The builder has its own environment with pinned versions, made
 on first use and kept in a cache folder.
 
