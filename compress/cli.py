@@ -1,0 +1,379 @@
+"""The command line: arguments, exit codes, and nothing else.
+
+Results go to standard output, progress and logs to standard error. Nothing heavy is imported before it is needed:
+``compress --help`` loads neither torch nor transformers (a test asserts it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress import __version__
+from compress.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CompressError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from compress.pipeline import ModelReference
+
+
+class _Group(click.Group):
+    """Suggests the nearest command for a mistyped one and lists commands in the order of a user's day."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise UsageError(f"there is no command {args[0]!r}", hint=did_you_mean(args[0], self.commands))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="compress")
+@click.option("--debug", is_flag=True, help="Show tracebacks and library logs.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Quantize small language models to ONNX, and prove what it cost.
+
+    MODEL is a short name (compress models), a hub id, a local directory, package:NAME/PATH or a .gguf file.
+
+    \b
+    Exit codes: 0 done and within budget, 1 failed, 2 wrong usage, 3 built but outside the profile's budget,
+    4 a requested provider is missing or fell back, 130 interrupted.
+    """
+    context.obj = {"debug": debug}
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA adapter's directory to merge."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def _profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: quantize.block_size=64."
+        ),
+        click.option("--profile", required=True, metavar="NAME", help="compress profiles lists them; or a .toml file."),
+    ):
+        command = option(command)
+    return command
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+_threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
+)
+
+
+def _reference(model: str, adapter: Path | None, revision: str | None) -> ModelReference:
+    from compress.pipeline import ModelReference
+
+    return ModelReference(model, adapter=adapter, revision=revision)
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, sort_keys=True, allow_nan=False))
+
+
+@cli.command()
+@click.argument("model")
+@_profile_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE.")
+@click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
+@click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
+@_threads_option
+@_model_options
+@_json_option
+def export(
+    model: str,
+    profile: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    eval_text: Path | None,
+    max_memory: str | None,
+    seed: int,
+    no_validate: bool,
+    threads: int | None,
+    adapter: Path | None,
+    revision: str | None,
+    as_json: bool,
+) -> int:
+    """Export MODEL under a profile, measure it, and leave a deployable artifact."""
+    from compress import pipeline
+    from compress.profile import load_profile
+    from compress.progress import Stages
+    from compress.sizes import parse_size
+
+    recipe = load_profile(profile, overrides)
+    output = output or Path("artifacts") / f"{_short(model)}-{recipe.name}"
+    options = pipeline.ExportOptions(
+        eval_text=eval_text,
+        max_memory=parse_size(max_memory) if max_memory else None,
+        seed=seed,
+        validate=not no_validate,
+        **({"threads": threads} if threads else {}),
+    )
+    stages = Stages(show=sys.stderr.isatty() and not as_json)
+    result = pipeline.export(_reference(model, adapter, revision), recipe, output, options, stages)
+    if as_json:
+        _print_json({"output": str(output), "manifest": result.manifest, "report": result.report})
+    else:
+        _show_report(result.report)
+        click.echo(f"{result.manifest['status']}: {output}")
+    return result.exit_code
+
+
+def _short(model: str) -> str:
+    """Return a directory name for a model reference."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
+
+
+def _show_report(report: Any) -> None:
+    if report is None:
+        return
+    from compress.report.terminal import render
+
+    click.echo(render(report), nl=False)
+
+
+@cli.command()
+@click.argument("model")
+@_profile_options
+@_threads_option
+@_model_options
+@_json_option
+def plan(
+    model: str,
+    profile: str,
+    overrides: tuple[str, ...],
+    threads: int | None,
+    adapter: Path | None,
+    revision: str | None,
+    as_json: bool,
+) -> int:
+    """Show what an export would do: sizes, memory and bits of every tensor. Reads only config and headers."""
+    from compress import pipeline
+    from compress.plan import make_plan
+    from compress.profile import load_profile
+    from compress.show import plan_document, plan_text
+
+    recipe = load_profile(profile, overrides)
+    with _reference(model, adapter, revision).open(config_only=True) as checkpoint:
+        made = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
+        document = plan_document(made, recipe, checkpoint, threads or os.cpu_count() or 1)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(plan_text(document), nl=False)
+    return 0
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--reference", metavar="MODEL", help="The source model; default: the one the manifest names.")
+@click.option("--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's.")
+@click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
+@_threads_option
+@_json_option
+def validate(
+    artifact: Path,
+    reference: str | None,
+    providers: tuple[str, ...],
+    eval_text: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """Measure an ARTIFACT again: drift against its source, speed, placement; updates its report and manifest."""
+    from compress import proof
+    from compress.progress import Stages
+
+    stages = Stages(show=sys.stderr.isatty() and not as_json)
+    report, exit_code = proof.validate_artifact(
+        artifact, reference=reference, providers=providers, eval_text=eval_text, threads=threads, stages=stages
+    )
+    if as_json:
+        _print_json(report)
+    else:
+        _show_report(report)
+    return exit_code
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
+@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate.")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured runs.")
+@_threads_option
+@_json_option
+def bench(
+    artifact: Path,
+    providers: tuple[str, ...],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """Time an ARTIFACT: load, prefill, decode and peak memory; medians over the repeats."""
+    from compress import proof
+    from compress.show import bench_text
+
+    document = proof.bench_artifact(
+        artifact,
+        providers=providers,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+    )
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(bench_text(document), nl=False)
+    return 0
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The most tokens to generate.")
+@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@_threads_option
+def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
+    """Try an ARTIFACT: complete PROMPT greedily, printed as it comes."""
+    from compress.generate import stream
+
+    for piece in stream(artifact, prompt, new_tokens=new_tokens, chat=not raw, threads=threads):
+        click.echo(piece, nl=False)
+    click.echo()
+    return 0
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json_option
+def profiles(name: str | None, as_json: bool) -> int:
+    """List the profiles, or show one whole."""
+    from compress.profile import available_profiles, load_profile
+
+    if name is not None:
+        recipe = load_profile(name)
+        if as_json:
+            _print_json(recipe.model_dump(mode="json"))
+        else:
+            path = available_profiles().get(name, Path(name))
+            click.echo(path.read_text(encoding="utf-8"), nl=False)
+        return 0
+    recipes = [load_profile(known) for known in available_profiles()]
+    if as_json:
+        _print_json([recipe.model_dump(mode="json") for recipe in recipes])
+    else:
+        for recipe in recipes:
+            click.echo(f"{recipe.name:<18} {recipe.description}")
+    return 0
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json_option
+def models(name: str | None, as_json: bool) -> int:
+    """List the short names of models, or show one."""
+    from compress import catalog
+    from compress.show import models_text
+
+    found = catalog.entries()
+    if name is not None:
+        entry = catalog.resolve(name)
+        if entry is None:
+            raise UsageError(f"no model is called {name!r}", hint=catalog.suggest(name))
+        found = (entry,)
+    if as_json:
+        _print_json([{**entry.model_dump(mode="json"), "support": entry.support} for entry in found])
+    else:
+        click.echo(models_text(found), nl=False)
+    return 0
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_json_option
+def inspect(artifact: Path, as_json: bool) -> int:
+    """Show what is in an ARTIFACT: source, status, files, tensors by role, inputs and outputs."""
+    from compress.show import inspect_document, inspect_text
+
+    document = inspect_document(artifact)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(inspect_text(document), nl=False)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; every expected failure ends as one to three lines."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    try:
+        code = cli.main(args=words, prog_name="compress", standalone_mode=False)
+        return int(code or 0)
+    except click.exceptions.Abort:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        with contextlib.suppress(BrokenPipeError):
+            error.show()
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # The reader of a pipe went away (`compress models | head`): nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CompressError as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = f"\n  in: {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", EXIT_FAILED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+            return EXIT_FAILED
+        return _fail(f"unexpected {type(error).__name__}: {error}\n  try: the same with --debug, and report it", EXIT_FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

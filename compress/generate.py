@@ -1,0 +1,90 @@
+"""Try an artifact: greedy completion with ONNX Runtime on the CPU, token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress import providers
+from compress.errors import CompressError
+from compress.validate.artifact import open_artifact
+from compress.validate.decoding import CachedDecoder
+
+
+def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads: int | None) -> Iterator[str]:
+    """Yield the completion's text piece by piece.
+
+    Args:
+        artifact: The artifact's directory.
+        prompt: What to complete, or to answer.
+        new_tokens: The most tokens to generate; an end-of-sequence token ends earlier.
+        chat: Apply the model's chat template, if it has one.
+        threads: Intra-op threads; ``None`` for all cores.
+
+    Raises:
+        CompressError: The artifact or its tokenizer cannot be read, or the prompt does not fit the context.
+    """
+    opened = open_artifact(artifact)
+    tokenizer = _tokenizer(artifact)
+    ids = _encode(tokenizer, prompt, chat)
+    if not ids:
+        raise CompressError("the prompt is empty", hint="give at least one word")
+    room = (opened.context_length or 1 << 30) - len(ids)
+    if room < 1:
+        raise CompressError(
+            f"the prompt has {len(ids)} tokens, the model's context {opened.context_length}", hint="shorten the prompt"
+        )
+    session = providers.load("cpu").session(opened.model, opened.session_options, threads or os.cpu_count() or 1)
+    decoder = CachedDecoder(session)
+    stop = _end_tokens(artifact)
+    made: list[int] = []
+    shown = ""
+    feed = np.array([ids], np.int64)
+    for _ in range(min(new_tokens, room)):
+        token = int(decoder.feed(feed, keep=1)[0, -1].argmax())
+        if token in stop:
+            break
+        made.append(token)
+        # Decoding everything again is the only way that is right for every tokenizer (spaces, split characters).
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+        feed = np.array([[token]], np.int64)
+
+
+def _tokenizer(artifact: Path) -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(artifact), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CompressError(
+            f"the artifact's tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(artifact)
+        ) from error
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def _end_tokens(artifact: Path) -> set[int]:
+    """Return the end-of-sequence ids of the generation config, or of the config."""
+    for name in ("generation_config.json", "config.json"):
+        path = artifact / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return set(value) if isinstance(value, list) else {value}
+    return set()

@@ -1,0 +1,189 @@
+"""Plans, models and artifacts as a person reads them, and as JSON: documents first, text made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress import resources
+from compress.catalog import CatalogEntry
+from compress.contracts import Checkpoint, Scheme
+from compress.errors import CompressError
+from compress.package import manifest
+from compress.plan import Fate, Plan
+from compress.profile import Profile
+from compress.sizes import format_size
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def plan_document(plan: Plan, profile: Profile, checkpoint: Checkpoint, threads: int) -> dict[str, Any]:
+    """Return the plan as JSON-able data; sizes in bytes."""
+    prediction = resources.predict(plan, profile, threads)
+    return {
+        "schema_version": 1,
+        "model": checkpoint.identifier,
+        "model_type": plan.model_type,
+        "profile": profile.name,
+        "parameters": plan.weight_count,
+        "bits_per_weight": round(plan.bits_per_weight, 3),
+        "source_bytes": plan.source_bytes,
+        "predicted_bytes": plan.predicted_bytes,
+        "predicted_peak_memory": {
+            "graph": prediction.graph,
+            "weights": prediction.weights,
+            "export": prediction.export,
+            "validation": prediction.validation,
+        },
+        "tensors": [
+            {
+                "name": fate.name,
+                "role": fate.role or "vector",
+                "shape": [fate.rows, fate.columns] if fate.kind != "vector" else [fate.rows * fate.columns],
+                "storage": _storage(fate),
+                "algorithm": profile.quantize.algorithm if fate.scheme else None,
+                "bytes": fate.nbytes,
+            }
+            for fate in plan.fates
+        ],
+    }
+
+
+def _storage(fate: Fate) -> str:
+    return "float32" if fate.scheme is None else scheme_name(fate.scheme)
+
+
+def scheme_name(scheme: Scheme) -> str:
+    """Return a scheme in a few letters: ``int4 b32 sym``."""
+    return f"int{scheme.bits} b{scheme.block_size} {'sym' if scheme.symmetric else 'asym'}"
+
+
+def plan_text(document: Mapping[str, Any]) -> str:
+    """Return the plan as text, one line a role and storage."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for tensor in document["tensors"]:
+        count = 1
+        for size in tensor["shape"]:
+            count *= size
+        group = groups.setdefault((tensor["role"], tensor["storage"]), [0, 0, 0])
+        for index, amount in enumerate((1, count, tensor["bytes"])):
+            group[index] += amount
+    lines = [f"{document['model']} ({document['model_type']}) under {document['profile']}", ""]
+    lines.append(f"{'role':<18}{'storage':<16}{'tensors':>8}{'parameters':>16}{'size':>12}")
+    for (role, storage), (tensors, count, size) in groups.items():
+        lines.append(f"{role:<18}{storage:<16}{tensors:>8}{count:>16,}{format_size(size):>12}")
+    peak = document["predicted_peak_memory"]
+    ratio = document["source_bytes"] / document["predicted_bytes"]
+    lines += [
+        "",
+        f"parameters        {document['parameters']:,}",
+        f"bits a weight     {document['bits_per_weight']:.2f}",
+        f"source            {format_size(document['source_bytes'])}",
+        f"artifact          {format_size(document['predicted_bytes'])} ({ratio:.1f}x smaller)",
+        f"peak memory       {format_size(peak['export'])} to export, {format_size(peak['validation'])} to validate",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def models_text(entries: Iterable[CatalogEntry]) -> str:
+    """Return the catalog as text."""
+    lines = [f"{'name':<20}{'parameters':>11}  {'licence':<12}{'task':<22}{'support':<11}hub id"]
+    for entry in entries:
+        lines.append(
+            f"{entry.name:<20}{_millions(entry.parameters):>11}  {entry.licence:<12}{entry.task:<22}{entry.support:<11}{entry.hub}"
+        )
+        if entry.aliases:
+            lines.append(f"{'':<20}also: {', '.join(entry.aliases)}")
+        if entry.note:
+            lines.append(f"{'':<20}{entry.note}")
+    return "\n".join(lines) + "\n"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+# --------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect_document(artifact: Path) -> dict[str, Any]:
+    """Read what an artifact says of itself; weights are not read.
+
+    Raises:
+        CompressError: It is not an artifact, or its graph cannot be parsed.
+    """
+    import onnx_ir as ir
+
+    record = manifest.read_manifest(artifact)
+    try:
+        model = ir.load(artifact / "model.onnx")
+    except Exception as error:  # protobuf and onnx_ir raise a dozen classes for a damaged file
+        raise CompressError(f"model.onnx cannot be read: {error}", where=str(artifact)) from error
+    operators: dict[str, int] = {}
+    for node in model.graph:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    external = [
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    return {
+        "status": record["status"],
+        "source": {key: value for key, value in record["source"].items() if key != "files"},
+        "profile": record["profile"],
+        "tools": record["tools"],
+        "files": record["files"],
+        "opset": model.opset_imports.get("", 0),
+        "inputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.inputs],
+        "outputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.outputs],
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "external_tensors": len(external),
+    }
+
+
+def _shape(value: Any) -> list[int | str]:
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
+
+
+def inspect_text(document: Mapping[str, Any]) -> str:
+    """Return an artifact's description as text."""
+    source, profile = document["source"], document["profile"]
+    revision = f" @ {source['revision']}" if source.get("revision") else ""
+    lines = [
+        f"status    {document['status']}",
+        f"source    {source['id']}{revision} ({source['kind']})",
+        f"profile   {profile['name']}: {profile['description']}",
+        f"graph     opset {document['opset']}, {sum(document['operators'].values())} nodes: "
+        + ", ".join(f"{count} {name}" for name, count in list(document["operators"].items())[:6]),
+        "inputs    " + ", ".join(f"{item['name']}{item['shape']}" for item in _few(document["inputs"])),
+        "outputs   " + ", ".join(f"{item['name']}{item['shape']}" for item in _few(document["outputs"])),
+        "files",
+    ]
+    lines += [f"  {format_size(item['size']):>10}  {item['sha256'][:12]}  {item['name']}" for item in document["files"]]
+    return "\n".join(lines) + "\n"
+
+
+def _few(values: list[Any]) -> list[Any]:
+    """Leave the cache of all layers but the first out."""
+    return [item for item in values if not any(char.isdigit() and char != "0" for char in item["name"])]
+
+
+# ----------------------------------------------------------------------------------------------------------- bench
+
+
+def bench_text(document: Mapping[str, Any]) -> str:
+    """Return speeds as text, a line a provider."""
+    lines = []
+    for entry in document["speed"]:
+        decode = entry["decode_tokens_per_second"]
+        lines.append(
+            f"{entry['provider']} ({entry['evidence']}, {entry['threads']} threads): "
+            f"prefill {entry['prefill_tokens_per_second']:.0f} tok/s, "
+            f"decode {decode['median']:.1f} tok/s (p10 {decode['p10']:.1f}, p90 {decode['p90']:.1f}), "
+            f"load {entry['load_seconds']:.2f} s, peak {format_size(entry['peak_rss_bytes'])}"
+        )
+    return "\n".join(lines) + "\n"
