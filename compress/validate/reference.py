@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from compress.contracts import Checkpoint
-from compress.errors import CompressError, ResourceError
+from compress.errors import CompressError
 from compress.validate.logits import LogitsWriter
+from compress.validate.memory import check_memory
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 from compress.validate.streaming import StreamedModel
 
@@ -69,33 +71,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def available_memory() -> int | None:
-    """Return the bytes the kernel would give without swapping (``MemAvailable``), or ``None`` where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def refuse_if_too_large(parameters: int, cap: int | None) -> None:
-    """Refuse to hold a float32 model that is predicted not to fit.
-
-    Args:
-        parameters: How many.
-        cap: The most bytes that may be used, or ``None``; available memory counts in any case.
-
-    Raises:
-        ResourceError: ``parameters * 4 * 1.2`` bytes are more than that.
-    """
-    needed = int(parameters * 4 * MEMORY_FACTOR)
-    for limit, name in ((cap, "allowed"), (available_memory(), "available")):
-        if limit is not None and needed > limit:
-            raise ResourceError(
-                f"the float32 model needs about {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB are {name}"
-            )
-
-
 def write_logits(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
     """Write the source model's logits for every position of the windows."""
     windows = np.load(item["windows"])
@@ -105,12 +80,20 @@ def write_logits(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json
         for start, block in model.logits(hidden):
             output.write(0, start, block)
             progress(1 - HEAD_SHARE + HEAD_SHARE * (start + block.shape[1]) / model.vocab_size)
-    return {"shape": list(output.shape)}
+    return {"shape": list(output.shape), "dtype": storage_type(checkpoint)}
+
+
+def storage_type(checkpoint: Checkpoint) -> str:
+    """Return the type that most of the source's bytes are stored in (``BF16``, ``Q4_1``, ...)."""
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors().values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 def _speed(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
     streamed = StreamedModel(checkpoint)
-    refuse_if_too_large(streamed.parameters(), item.get("memory_cap"))
+    check_memory(int(streamed.parameters() * 4 * MEMORY_FACTOR), item.get("memory_cap"))
     start = time.perf_counter()
     streamed.fill_all()
     load_seconds = time.perf_counter() - start

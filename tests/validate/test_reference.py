@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import ResourceError, SourceError, UnsupportedModelError
 from compress.source import open_checkpoint
-from compress.validate import reference, streaming
+from compress.validate import memory, reference, streaming
 from compress.validate.protocol import run_worker
 
 FAMILIES = ("llama", "mistral", "phi3", "gpt2")
@@ -163,7 +163,7 @@ def test_a_model_over_the_cap_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(streaming.StreamedModel, "fill_all", lambda self: pytest.fail("weights were read"))
     item = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 2, "memory_cap": 100_000}
-    with pytest.raises(ResourceError, match="needs about 0.0 GB of memory"):
+    with pytest.raises(ResourceError, match="needs about .* GB of memory, 0.0001 GB are allowed"):
         reference._speed(open_checkpoint(str(tiny_directories["llama"])), item, lambda fraction: None)
 
 
@@ -177,8 +177,10 @@ def test_the_whole_model_is_the_same_model(tiny_directories: dict[str, Path], wi
 
 
 def test_a_model_that_cannot_fit_is_refused_by_the_machines_own_memory() -> None:
-    available = reference.available_memory()
+    available = memory.available_memory()
     assert available is not None
     with pytest.raises(ResourceError, match="are available"):
-        reference.refuse_if_too_large(available, None)
-    reference.refuse_if_too_large(1000, None)
+        memory.check_memory(2 * available, None)
+    memory.check_memory(1000, None)
+    with pytest.raises(ResourceError, match="are allowed"):
+        memory.check_memory(1000, 999)

@@ -1,0 +1,1 @@
+"""One report model, and how it is written: JSON and the terminal."""

@@ -1,0 +1,117 @@
+"""The report as a few tables on a terminal; readable without colour and at 40 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from compress.report.model import Baseline, DecoderDrift, Rate, Report, Size, Speed, Verdict
+
+
+def show(report: Report, console: Console) -> None:
+    """Print verdict, size, drift, speed, placement and stages; what was not measured has no line."""
+    show_verdict(report.verdict, console)
+    _print(console, "size", size_rows(report.size))
+    if report.drift is not None:
+        _print(console, f"drift on {report.drift.provider}", drift_rows(report.drift))
+    for speed in report.speed:
+        _print(console, f"speed on {speed.provider} ({speed.evidence}, {speed.threads} threads)", speed_rows(speed))
+    if report.placement:
+        _print(
+            console,
+            "placement",
+            ((item.provider, f"{item.nodes_on_provider} of {item.nodes_total} nodes") for item in report.placement),
+        )
+    if report.stages:
+        peaks = (
+            (s.name, f"{s.seconds:.1f} s" + ("" if s.peak_rss_bytes is None else f", {size(s.peak_rss_bytes)}"))
+            for s in report.stages
+        )
+        _print(console, "stages (time, peak memory)", peaks)
+
+
+def show_verdict(verdict: Verdict, console: Console) -> None:
+    """Print the verdict as a word, and its reasons as sentences."""
+    colour = "green" if verdict.status == "pass" else "red"
+    console.print(f"[bold {colour}]{verdict.status.upper()}[/]")
+    for reason in verdict.reasons:
+        console.print(f"- {escape(reason)}")
+
+
+def size(count: float) -> str:
+    """Return bytes in the decimal unit that leaves one to three digits before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def size_rows(sizes: Size) -> list[tuple[str, str]]:
+    """Return the lines of the size table."""
+    rows = [("artifact", size(sizes.artifact_bytes))]
+    if sizes.source_bytes is not None:
+        rows.append(("source", size(sizes.source_bytes)))
+    if sizes.ratio is not None:
+        rows.append(("smaller by", f"{sizes.ratio:.2f}x"))
+    return rows
+
+
+def drift_rows(drift: DecoderDrift) -> list[tuple[str, str]]:
+    """Return the lines of the drift table."""
+    kl, ratio = drift.kl_divergence, drift.perplexity_ratio
+    rows = [
+        ("KL divergence", f"{_with_error(kl.mean, kl.standard_error)} (p99 {kl.p99:.3g})"),
+        (
+            "perplexity ratio",
+            f"{_with_error(ratio.value, ratio.standard_error)} (source {drift.reference_perplexity:.2f})",
+        ),
+        ("top-1 agreement", f"{drift.top1_agreement:.1%}"),
+        ("flips where sure", f"{drift.confident_flips} of {drift.confident_tokens}"),
+    ]
+    if drift.decode is not None:
+        rows.append(("KL, decoding", f"{drift.decode.kl_mean:.3g} (to own prefill {drift.decode.self_kl_mean:.1g})"))
+    rows.append(("measured on", f"{drift.tokens} tokens of {drift.eval_text.name}"))
+    rows.append(("reference", drift.reference))
+    return rows
+
+
+def speed_rows(speed: Speed) -> list[tuple[str, str]]:
+    """Return the lines of the speed table: the artifact's, then a line a baseline."""
+    rows = [
+        ("prefill", f"{speed.prefill_tokens_per_second:.0f} tok/s ({speed.prompt_tokens} tokens)"),
+        ("decode", f"{_rate(speed.decode_tokens_per_second)} tok/s ({speed.new_tokens} tokens)"),
+        ("load", f"{speed.load_seconds:.2f} s"),
+        ("peak memory", size(speed.peak_rss_bytes)),
+    ]
+    for name, baseline in speed.baselines.items():
+        rows.append((f"vs {name}", _versus(baseline, getattr(speed, f"speedup_vs_{name}"), speed, name)))
+    return rows
+
+
+def _versus(baseline: Baseline, speedup: float | None, speed: Speed, name: str) -> str:
+    if baseline.skipped is not None or speedup is None:
+        return f"not measured: {baseline.skipped}"
+    prefill = getattr(speed, f"prefill_speedup_vs_{name}")
+    text = f"decode {speedup:.2f}x"
+    return text if prefill is None else f"{text}, prefill {prefill:.2f}x"
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.median:.3g} ({rate.p10:.3g} to {rate.p90:.3g})"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    console.print(table)

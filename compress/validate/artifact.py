@@ -1,0 +1,92 @@
+"""What validation needs to know of an artifact directory: its graph, session options and sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk.
+
+    Attributes:
+        directory: Where it is, with its tokenizer.
+        model: The graph.
+        session_options: ONNX Runtime options it has to be loaded with, as text.
+        vocab_size: Rows of the output head.
+        context_length: The most positions the model knows, ``None`` if its config does not say.
+    """
+
+    directory: Path
+    model: Path
+    session_options: dict[str, str]
+    vocab_size: int
+    context_length: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its weights on disk."""
+        return model_bytes(self.model)
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read ``genai_config.json`` (graph file and session options, if there is one) and ``config.json``.
+
+    Raises:
+        CompressError: Something is missing, damaged, or points outside the directory.
+    """
+    if not directory.is_dir():
+        raise CompressError("there is no such artifact directory", where=str(directory))
+    config = _read(directory / "config.json")
+    decoder: dict[str, Any] = {}
+    if (directory / "genai_config.json").exists():
+        decoder = _read(directory / "genai_config.json").get("model", {}).get("decoder", {})
+    filename = decoder.get("filename", "model.onnx")
+    if not isinstance(filename, str) or Path(filename).name != filename:
+        raise CompressError(f"the graph's file name {filename!r} is not a plain name", where="genai_config.json")
+    if not (directory / filename).is_file():
+        raise CompressError(f"the artifact has no {filename}", where=str(directory))
+    vocab = config.get("vocab_size")
+    if not isinstance(vocab, int) or vocab < 1:
+        raise CompressError("the config does not say the vocabulary's size", where=str(directory / "config.json"))
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    return Artifact(
+        directory,
+        directory / filename,
+        _options(decoder.get("session_options", {})),
+        vocab,
+        context if isinstance(context, int) else None,
+    )
+
+
+def model_bytes(model: Path) -> int:
+    """Return the bytes of a graph and the external data beside it (``model.onnx``, ``model.onnx.data``, ...)."""
+    return sum(path.stat().st_size for path in model.parent.iterdir() if path.name.startswith(model.name))
+
+
+def _options(options: object) -> dict[str, str]:
+    """Return the scalar session options as text; ``provider_options`` and other lists belong to genai."""
+    if not isinstance(options, dict):
+        raise CompressError("session_options is not a mapping", where="genai_config.json")
+    return {
+        str(key): str(int(value)) if isinstance(value, bool) else str(value)
+        for key, value in options.items()
+        if isinstance(value, str | int | float)
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CompressError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
+    except ValueError as error:
+        raise CompressError(f"the file is not JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise CompressError("the file is not a JSON object", where=str(path))
+    return value
