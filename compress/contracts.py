@@ -162,6 +162,7 @@ class Decoder:
     """A decoder as its family reads it from config and tensor headers; sizes in elements.
 
     ``rope_shape`` is the shape of the rotary cosine table (the sine table's too), ``None`` without rotary embedding.
+    ``rope_switch``: sequences longer than this read the table from that row on (LongRoPE's two sets of factors).
     """
 
     model_type: str
@@ -178,6 +179,7 @@ class Decoder:
     vectors: tuple[Vector, ...]
     genai_type: str
     rope_shape: tuple[int, int] | None = None
+    rope_switch: int | None = None
 
 
 class Family(Protocol):

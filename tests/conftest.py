@@ -15,6 +15,8 @@ import pytest
 #: Short enough that the tests' sequences run past it.
 SLIDING_WINDOW = 12
 VOCABULARY = 384
+#: LongRoPE changes its factors beyond this length; the parity test runs across it.
+LONG_ROPE_SWITCH = 32
 
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -43,6 +45,17 @@ def _config(name: str) -> tuple[Any, str]:
         return transformers.MistralConfig(**_SHAPE, sliding_window=SLIDING_WINDOW), "MistralForCausalLM"
     if name == "phi3":
         return transformers.Phi3Config(**_SHAPE, sliding_window=SLIDING_WINDOW), "Phi3ForCausalLM"
+    if name == "phi3-longrope":
+        scaling = {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": LONG_ROPE_SWITCH,
+            "factor": 256 / LONG_ROPE_SWITCH,
+        }
+        shape = {**_SHAPE, "original_max_position_embeddings": LONG_ROPE_SWITCH}
+        return transformers.Phi3Config(**shape, rope_parameters=scaling), "Phi3ForCausalLM"
     if name == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2,
@@ -52,7 +65,7 @@ def _config(name: str) -> tuple[Any, str]:
     raise KeyError(name)
 
 
-FAMILIES = ("llama", "llama-untied", "mistral", "phi3", "gpt2")
+FAMILIES = ("llama", "llama-untied", "mistral", "phi3", "phi3-longrope", "gpt2")
 
 
 def build_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:

@@ -11,6 +11,8 @@ from compress.families._reading import check_shapes, dimension, expect, heads, r
 
 # Rotary scalings whose cosine and sine tables do not depend on the length of the sequence at hand.
 STATIC_ROPE = ("default", "linear", "llama3")
+#: Two sets of factors, one for sequences within the original context and one beyond it ("su" is its first name).
+LONG_ROPE = ("longrope", "su")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class GatedDecoder:
             for index in range(layers)
             for norm in ("input_layernorm", "post_attention_layernorm")
         ]
+        positions = dimension(config, "max_position_embeddings")
+        switch = _rope_switch(config, positions)
         decoder = Decoder(
             model_type=self.model_type,
             layers=layers,
@@ -60,13 +64,14 @@ class GatedDecoder:
             kv_heads=key_value,
             head_dim=head,
             vocab_size=vocab,
-            context_length=dimension(config, "max_position_embeddings"),
+            context_length=positions,
             tied=tied,
             tables=(Table("model.embed_tokens", vocab, hidden, Slice(token), token),),
             linears=tuple(linears),
             vectors=tuple(Vector(name, Slice(name), hidden) for name in [*norms, "model.norm.weight"]),
             genai_type=self.genai_type,
-            rope_shape=(dimension(config, "max_position_embeddings"), head // 2),
+            rope_shape=(positions + (switch or 0), head // 2),
+            rope_switch=switch,
         )
         return check_shapes(decoder, tensors)
 
@@ -115,3 +120,17 @@ class GatedDecoder:
                 graph_weights=(f"{mlp}.down_proj.weight",),
             ),
         )
+
+
+def _rope_switch(config: Mapping[str, Any], positions: int) -> int | None:
+    """Return the length up to which LongRoPE's short factors apply, ``None`` for any other rotary embedding.
+
+    Source: Ding et al., "LongRoPE", arXiv 2402.13753; ``_compute_longrope_parameters`` of transformers.
+    """
+    if rope_kind(config) not in LONG_ROPE:
+        return None
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key in ("attention_factor", "short_mscale", "long_mscale"):
+        expect(scaling, key, (None,), None)
+    original = dimension({**scaling, **config}, "original_max_position_embeddings", positions)
+    return original if original != positions else None

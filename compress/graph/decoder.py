@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from compress.contracts import FloatArray
 from compress.errors import CompressError
-from compress.graph.rules import linear, logits_to_keep, names, rotary, table
+from compress.graph.rules import linear, logits_to_keep, long_rope, names, rotary, table
 from compress.graph.rules._edit import Weights
 from compress.plan import Plan
 from compress.profile import Profile
@@ -66,6 +66,8 @@ def build_decoder(
     fired["vector"] = _place_vectors(model.graph, plan, weights)
     if plan.decoder.rope_shape is not None:
         constants = rotary.apply(model.graph, plan, weights)
+    if plan.decoder.rope_switch is not None:
+        fired["long_rope"] = long_rope.apply(model.graph, plan.decoder.rope_switch)
     fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
     weights.restore_names()
     _check(model.graph, plan, fired)
@@ -94,6 +96,7 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
         "table": len(decoder.tables),
         "vector": len(decoder.vectors),
         "logits_to_keep": 1,
+        **({"long_rope": decoder.layers} if decoder.rope_switch is not None else {}),
     }
     short = [f"{rule} {fired[rule]} of {count}" for rule, count in expected.items() if fired[rule] != count]
     attention = sum(node.op_type == "GroupQueryAttention" for node in graph)
