@@ -127,7 +127,7 @@ def export(
     output = output or Path("artifacts") / f"{_short(model)}-{recipe.name}"
     options = pipeline.ExportOptions(
         eval_text=eval_text,
-        max_memory=parse_size(max_memory) if max_memory else None,
+        max_memory=parse_size(max_memory) if max_memory is not None else None,
         seed=seed,
         validate=not no_validate,
         **({"threads": threads} if threads else {}),

@@ -15,7 +15,7 @@ from typing import Any
 
 from compress import catalog, resources, weights
 from compress.contracts import Checkpoint, Decoder
-from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, ResourceError, UsageError
+from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, UsageError
 from compress.families import load_family
 from compress.package import genai, manifest, staging
 from compress.package.writer import DataFile, require_space

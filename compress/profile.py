@@ -20,7 +20,7 @@ _MAX_PROFILE_BYTES = 256 * 1024
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class SchemeOverride(_Strict):
@@ -45,12 +45,12 @@ class Quantize(_Strict):
     def scheme(self, role: Role) -> Scheme | None:
         """Return the scheme of a role, ``None`` where it stays float32."""
         change = self.roles.get(role, SchemeOverride())
-        bits = change.bits or self.bits
+        bits = self.bits if change.bits is None else change.bits
         if bits == 32:
             return None
         return Scheme(
             bits=bits,
-            block_size=change.block_size or self.block_size,
+            block_size=self.block_size if change.block_size is None else change.block_size,
             symmetric=self.symmetric if change.symmetric is None else change.symmetric,
         )
 
@@ -174,7 +174,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Profile
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             # Below `roles` every key is a role and every value a SchemeOverride.
             return sorted(SchemeOverride.model_fields)

@@ -20,8 +20,8 @@ from compress.contracts import Checkpoint, FloatArray, Quantizer, Slice
 from compress.errors import SourceError
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
-from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 from compress.quantize.finite import first_nonfinite
+from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 
 #: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
 CHUNK_WEIGHTS = 1 << 21
@@ -203,10 +203,9 @@ def _read_piece(checkpoint: Checkpoint, piece: Slice, first: int, last: int) -> 
         array = checkpoint.read(piece.tensor, first, last)
     bad = first_nonfinite(array)
     if bad is not None:
-        position = np.unravel_index(bad, array.shape)
-        row = int(position[0]) + first
+        row = bad[0] + first
         raise SourceError(
-            f"a weight is not a finite number: {array[position]}",
+            f"a weight is not a finite number: {array[bad]}",
             where=f"{piece.tensor}, {'column' if piece.transposed else 'row'} {row}",
             hint="the checkpoint is damaged, or its training diverged; fetch it again",
         )
