@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,5 +123,69 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if name not in made:
             made[name] = save_tiny_model(name, tmp_path_factory.mktemp(f"tiny-{name}"))
         return made[name]
+
+    return get
+
+
+class Skeletons:
+    """Graph skeletons built in this process and kept: the worker spends eight seconds on its imports for each.
+
+    ``tests/graph/test_skeleton.py`` holds the worker to the same bytes, family by family.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def build(self, config_directory: Path, output: Path, *, environment: Any = None) -> None:
+        """Stand in for :func:`compress.graph.skeleton.build_skeleton`."""
+        from compress.graph import skeleton
+
+        config = (config_directory / "config.json").read_bytes()
+        kept = self._directory / f"{hashlib.sha256(config).hexdigest()}.onnx"
+        if not kept.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the worker's warnings end in its log
+                skeleton._work(str(config_directory), str(kept))
+        shutil.copyfile(kept, output)
+
+
+@pytest.fixture(scope="session")
+def skeletons(tmp_path_factory: pytest.TempPathFactory) -> Skeletons:
+    """Return the kept skeletons of this run."""
+    return Skeletons(tmp_path_factory.mktemp("skeletons"))
+
+
+@pytest.fixture
+def fast_skeletons(skeletons: Skeletons, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports of this test use the kept skeletons."""
+    monkeypatch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(
+    tiny_model: Callable[[str], Path], skeletons: Skeletons, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Return a function from family, profile and ``KEY=VALUE`` overrides to an artifact, each made once; read only."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def get(name: str, profile: str = "arm-int4", *overrides: str) -> Path:
+        from compress import pipeline
+        from compress.profile import load_profile
+        from compress.progress import Stages
+
+        key = (name, profile, *overrides)
+        if key not in made:
+            output = tmp_path_factory.mktemp("artifact") / f"{name}-{profile}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
+                pipeline.export(
+                    pipeline.ModelReference(str(tiny_model(name))),
+                    load_profile(profile, overrides),
+                    output,
+                    pipeline.ExportOptions(validate=False, threads=1),
+                    Stages(),
+                )
+            made[key] = output
+        return made[key]
 
     return get
