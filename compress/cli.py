@@ -6,7 +6,6 @@ Results go to standard output, progress and logs to standard error. Nothing heav
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -19,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import __version__
-from compress.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CompressError, UsageError, did_you_mean
+from compress.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CompressError,
+    UsageError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from compress.pipeline import ModelReference
@@ -53,7 +60,7 @@ def cli(context: click.Context, debug: bool) -> None:
     4 a requested provider is missing or fell back, 130 interrupted.
     """
     context.obj = {"debug": debug}
-    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, stream=sys.stderr)
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,9 +158,12 @@ def _short(model: str) -> str:
 def _show_report(report: Any) -> None:
     if report is None:
         return
-    from compress.report.terminal import render
+    from rich.console import Console
 
-    click.echo(render(report), nl=False)
+    from compress.report.model import Report
+    from compress.report.terminal import show
+
+    show(Report.model_validate(report), Console(file=sys.stdout))
 
 
 @cli.command()
@@ -191,6 +201,7 @@ def plan(
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--reference", metavar="MODEL", help="The source model; default: the one the manifest names.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="The adapter that the artifact was made with.")
 @click.option("--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's.")
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @_threads_option
@@ -198,6 +209,7 @@ def plan(
 def validate(
     artifact: Path,
     reference: str | None,
+    adapter: Path | None,
     providers: tuple[str, ...],
     eval_text: Path | None,
     threads: int | None,
@@ -209,7 +221,13 @@ def validate(
 
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     report, exit_code = proof.validate_artifact(
-        artifact, reference=reference, providers=providers, eval_text=eval_text, threads=threads, stages=stages
+        artifact,
+        reference=reference,
+        adapter=adapter,
+        providers=providers,
+        eval_text=eval_text,
+        threads=threads,
+        stages=stages,
     )
     if as_json:
         _print_json(report)
@@ -341,15 +359,18 @@ def run(arguments: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         code = cli.main(args=words, prog_name="compress", standalone_mode=False)
-        return int(code or 0)
+        return int(code or EXIT_OK)
     except click.exceptions.Abort:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except click.ClickException as error:
-        with contextlib.suppress(BrokenPipeError):
-            error.show()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         return EXIT_USAGE
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context is not None else "compress"
+        return _fail(f"{error.format_message()}\n  try: {command} --help", EXIT_USAGE)
     except BrokenPipeError:
         # The reader of a pipe went away (`compress models | head`): nothing to complain about.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

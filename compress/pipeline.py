@@ -106,14 +106,15 @@ def export(
                 files=digests.result(),
                 adapter={"directory": model.adapter.name} if model.adapter else None,
             )
-            report = None
+            report, status, code = None, "built", EXIT_OK
             if options.validate:
-                from compress.proof import prove
+                from compress import proof
 
-                report = prove(model, checkpoint, plan, profile, directory, options, stages)
-            status = "built" if report is None else ("accepted" if report["verdict"]["status"] == "pass" else "rejected")
+                report = proof.prove(model, checkpoint, plan, profile, directory, options, stages)
+                status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
+                code = proof.exit_code(report)
             record = manifest.write_manifest(directory, record, status=status)
-    return ExportResult(output, record, report, EXIT_OUTSIDE_BUDGET if status == "rejected" else EXIT_OK)
+    return ExportResult(output, record, report, code)
 
 
 def build(

@@ -8,10 +8,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _KIB = 1024
 
@@ -52,26 +56,46 @@ class Stages:
         seconds = time.perf_counter() - start
         self.done.append(Stage(name, round(seconds, 3), peak_rss_bytes()))
 
+    @contextmanager
+    def follow(self) -> Iterator[Callable[[str, float], None]]:
+        """Show steps that name themselves: the body calls what it gets with a step's name and the fraction done."""
+        if not self.show:
+            yield lambda name, fraction: None
+            return
+        with _progress() as progress:
+            tasks: dict[str, Any] = {}
+
+            def report(name: str, fraction: float) -> None:
+                if name not in tasks:
+                    tasks[name] = progress.add_task(name, total=1.0, rate="")
+                progress.update(tasks[name], completed=fraction)
+
+            yield report
+
     def add(self, name: str, seconds: float, peak: int) -> None:
         """Record a stage that measured itself, in a worker for instance."""
         self.done.append(Stage(name, round(seconds, 3), peak))
 
 
-@contextmanager
-def _bar(name: str, unit: str) -> Iterator[Meter]:
+def _progress() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:<10}"),
         BarColumn(bar_width=28),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
+    return Progress(*columns, console=Console(stderr=True), transient=False)
+
+
+@contextmanager
+def _bar(name: str, unit: str) -> Iterator[Meter]:
+    with _progress() as progress:
         task = progress.add_task(name, total=None, rate="")
         start = time.perf_counter()
 
@@ -87,5 +111,16 @@ def _bar(name: str, unit: str) -> Iterator[Meter]:
 
 def peak_rss_bytes() -> int:
     """Return the peak resident set of this process or of its largest finished child, in bytes."""
-    scale = 1 if sys.platform == "darwin" else _KIB
-    return scale * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else _KIB)
+    return max(_own_peak(), children)
+
+
+def _own_peak() -> int:
+    # On Linux ru_maxrss starts with the peak of the process that started this one; VmHWM is this program's own.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return own * (1 if sys.platform == "darwin" else _KIB)
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * _KIB

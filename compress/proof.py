@@ -1,0 +1,241 @@
+"""The proof that goes into an artifact: drift, speed and placement, measured on it, judged by the profile's budget."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress import pipeline, providers, resources
+from compress.contracts import Checkpoint
+from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, ProviderError, UsageError
+from compress.package import manifest
+from compress.package.writer import require_space
+from compress.plan import Plan, make_plan
+from compress.profile import Profile, load_profile, parse_profile
+from compress.progress import Stages
+from compress.report import json as report_json
+from compress.report import model as report
+from compress.report.environment import environment
+from compress.validate.artifact import open_artifact
+from compress.validate.memory import check_memory
+from compress.validate.run import CheckpointSpec, run_validation
+from compress.validate.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
+
+REPORT_NAME = "report.json"
+
+
+def prove(
+    model: pipeline.ModelReference,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    profile: Profile,
+    directory: Path,
+    options: pipeline.ExportOptions,
+    stages: Stages,
+    *,
+    provider_names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Validate an artifact against its source, write ``report.json`` into it, and return the report.
+
+    Raises:
+        ProviderError: A requested provider does not work here.
+        CompressError: The text or the source cannot be read, or there is no room for the measurement.
+    """
+    names = tuple(provider_names) or (profile.provider,)
+    require_providers(names)
+    measured, context = profile.validation, plan.decoder.context_length
+    prompt, new = _lengths(measured.prompt_tokens, measured.new_tokens, context)
+    with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
+        result = run_validation(
+            directory,
+            checkpoint_spec=CheckpointSpec(model.resolved, model.adapter, model.revision),
+            budgets=profile.budget.model_dump(),
+            providers=names,
+            eval_text=options.eval_text,
+            tokens=measured.tokens,
+            window=min(measured.window, context),
+            threads=options.threads,
+            float_baseline=graph,
+            float_baseline_reason=reason,
+            pytorch_baseline="pytorch" in measured.baselines,
+            progress=progress,
+            speed_plan=SpeedPlan(prompt_tokens=prompt, new_tokens=new, repeats=measured.repeats),
+            memory_cap=options.max_memory,
+        )
+    before = tuple(
+        report.Stage(name=stage.name, seconds=stage.seconds, peak_rss_bytes=stage.peak_rss_bytes)
+        for stage in stages.done
+    )
+    made = report.Report(
+        verdict=result.verdict,
+        source=report.Source(
+            identifier=checkpoint.identifier,
+            kind=checkpoint.kind,
+            revision=checkpoint.revision,
+            adapter=model.adapter.name if model.adapter else None,
+        ),
+        profile=report.ProfileSummary(name=profile.name, resolved=profile.model_dump(mode="json", exclude_none=True)),
+        size=report.Size(
+            source_bytes=plan.source_bytes,
+            artifact_bytes=result.artifact_bytes,
+            ratio=plan.source_bytes / result.artifact_bytes,
+        ),
+        drift=result.drift,
+        speed=result.speed,
+        placement=result.placement,
+        stages=(*before, *result.stages),
+        environment=environment(),
+    )
+    report_json.write(made, directory / REPORT_NAME)
+    return made.model_dump(mode="json")
+
+
+def validate_artifact(
+    artifact: Path,
+    *,
+    reference: str | None,
+    adapter: Path | None,
+    providers: Sequence[str],
+    eval_text: Path | None,
+    threads: int | None,
+    stages: Stages,
+) -> tuple[dict[str, Any], int]:
+    """Validate an existing artifact again; its report and manifest are renewed. Returns the report and an exit code.
+
+    Raises:
+        UsageError: The source is a local path that the manifest does not keep, and no reference was given.
+        CompressError: The reference is not the model that the artifact was made from.
+    """
+    record = manifest.read_manifest(artifact)
+    profile = parse_profile(record["profile"], where=str(artifact / manifest.NAME))
+    model = _source_of(record, reference, adapter)
+    options = pipeline.ExportOptions(
+        eval_text=eval_text, seed=record["seed"], threads=threads or os.cpu_count() or 1
+    )
+    with model.open() as checkpoint:
+        _check_same(checkpoint, record)
+        plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)
+        made = prove(model, checkpoint, plan, profile, artifact, options, stages, provider_names=providers)
+    passed = made["verdict"]["status"] == "pass"
+    manifest.write_manifest(artifact, record, status="accepted" if passed else "rejected")
+    return made, exit_code(made)
+
+
+def exit_code(made: Mapping[str, Any]) -> int:
+    """Return 0 for a pass, 4 when nodes fell back to another provider, 3 for any other failure."""
+    if made["verdict"]["status"] == "pass":
+        return EXIT_OK
+    return EXIT_PROVIDER if any(item["fallback_nodes"] for item in made["placement"]) else EXIT_OUTSIDE_BUDGET
+
+
+def bench_artifact(
+    artifact: Path,
+    *,
+    providers: Sequence[str],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """Time an artifact on each provider; nothing is written.
+
+    Raises:
+        UsageError: Prompt and new tokens do not fit the model's context.
+        ProviderError: A requested provider does not work here.
+    """
+    opened = open_artifact(artifact)
+    if opened.context_length is not None and prompt_tokens + new_tokens > opened.context_length:
+        raise UsageError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context of "
+            f"{opened.context_length}",
+            hint="lower --prompt-tokens or --new-tokens",
+        )
+    names = tuple(providers) or (_profile_provider(artifact),)
+    require_providers(names)
+    plan = SpeedPlan(prompt_tokens, new_tokens, repeats, threads or os.cpu_count() or 1)
+    speeds = [measure_speed(opened, name, {}, plan, lambda fraction: None) for name in names]
+    return {
+        "schema_version": 1,
+        "speed": [speed.model_dump(mode="json") for speed in speeds],
+        "environment": environment().model_dump(mode="json"),
+    }
+
+
+def require_providers(names: Sequence[str]) -> None:
+    """Refuse providers that do not work here.
+
+    Raises:
+        ProviderError: With the reason and the remedy; exit code 4.
+    """
+    for name in names:
+        usable, reason = providers.load(name).available()
+        if not usable:
+            raise ProviderError(f"the {name} provider does not work here", hint=reason)
+
+
+@contextlib.contextmanager
+def _float_baseline(
+    checkpoint: Checkpoint, profile: Profile, directory: Path, options: pipeline.ExportOptions
+) -> Iterator[tuple[Path | None, str | None]]:
+    """Yield the float graph of the same model, built for this run only, or the reason why there is none."""
+    if "onnx_float" not in profile.validation.baselines:
+        yield None, "the profile does not ask for it"
+        return
+    recipe = load_profile("float")
+    plan = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
+    needed = max(int(plan.data_bytes * FLOAT_GRAPH_FACTOR), resources.predict(plan, recipe, options.threads).export)
+    try:
+        check_memory(needed, options.max_memory)
+        require_space(directory, plan.predicted_bytes)
+    except CompressError as error:
+        yield None, error.what
+        return
+    place = Path(tempfile.mkdtemp(prefix=".float-baseline-", dir=directory.parent))
+    try:
+        pipeline.build(checkpoint, plan, recipe, place, options.threads, Stages())
+        yield place / pipeline.GRAPH_NAME, None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _lengths(prompt: int, new: int, context: int) -> tuple[int, int]:
+    """Shorten prompt and new tokens to fit a short context, the prompt first; the report says what was run."""
+    new = min(new, max(2, context // 2))
+    return max(1, min(prompt, context - new)), new
+
+
+def _source_of(record: Mapping[str, Any], reference: str | None, adapter: Path | None) -> pipeline.ModelReference:
+    source = record["source"]
+    if source.get("adapter") and adapter is None:
+        raise UsageError("the artifact was made with an adapter", hint="give it again: --adapter DIR")
+    if reference is not None:
+        return pipeline.ModelReference(reference, adapter=adapter)
+    if source["kind"] == "hub":
+        return pipeline.ModelReference(source["id"], adapter=adapter, revision=source["revision"])
+    if source["kind"] == "package":
+        return pipeline.ModelReference(f"package:{source['id']}", adapter=adapter)
+    raise UsageError(
+        f"the manifest keeps no local paths: where is the source model {source['id']!r}?", hint="give --reference MODEL"
+    )
+
+
+def _check_same(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Refuse a reference whose files are not those that the artifact was made from."""
+    expected = {item["name"]: item["sha256"] for item in record["source"]["files"]}
+    found = {item.name: item.sha256 for item in checkpoint.files()}
+    different = sorted(name for name in expected if found.get(name) != expected[name])
+    if different:
+        raise CompressError(
+            f"this is not the model that the artifact was made from: {different[0]} differs",
+            where=checkpoint.reference,
+            hint="give the source model with --reference",
+        )
+
+
+def _profile_provider(artifact: Path) -> str:
+    return str(manifest.read_manifest(artifact)["profile"].get("provider", "cpu"))
