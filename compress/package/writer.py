@@ -44,7 +44,7 @@ class DataFile:
         Raises:
             ResourceError: The disk is full after all (a file system that does not keep its promises).
         """
-        view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         try:
             while view:
                 written = os.pwrite(self._descriptor, view, offset)

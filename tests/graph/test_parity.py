@@ -1,0 +1,159 @@
+"""The float profile computes what PyTorch computes: prefill, cached decoding, a padded batch, a sliced head."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from conftest import FAMILIES, LONG_ROPE_SWITCH, SLIDING_WINDOW, VOCABULARY
+from plain_decoder import PlainDecoder
+
+TOLERANCE = 1e-4
+PROMPT, SHORT, STEPS = 30, 21, 8
+assert SLIDING_WINDOW < SHORT and PROMPT < LONG_ROPE_SWITCH < PROMPT + STEPS
+
+
+@dataclass(frozen=True)
+class Expected:
+    """PyTorch's logits: of both rows of a padded prefill, and of every decode step after it ``[step, row, V]``."""
+
+    ids: np.ndarray
+    new: np.ndarray
+    prefill: np.ndarray
+    decode: np.ndarray
+
+
+def load(directory: Path) -> Any:
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def expected_logits(model: Any) -> Expected:
+    """Run transformers: the padded prefill as a batch, decode steps row by row without padding.
+
+    A padded slot would count in transformers' sliding window; rows on their own have none. LongRoPE, which has no
+    window, chooses its factors by the longest row of a batch: there the batch decodes together.
+    """
+    import torch
+
+    random = np.random.default_rng(0)
+    ids = random.integers(3, VOCABULARY, (2, PROMPT))
+    new = random.integers(3, VOCABULARY, (STEPS, 2, 1))
+    lengths = (PROMPT, SHORT)
+    mask = torch.tensor([[int(column < length) for column in range(PROMPT)] for length in lengths])
+    with torch.no_grad():
+        prefill = model(input_ids=torch.tensor(ids), attention_mask=mask, use_cache=True)
+        decode = np.empty((STEPS, 2, VOCABULARY), np.float32)
+        if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+            past = prefill.past_key_values
+            for step in range(STEPS):
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+                positions = torch.tensor([[length + step] for length in lengths])
+                out = model(
+                    input_ids=torch.tensor(new[step]), attention_mask=mask, position_ids=positions, past_key_values=past
+                )
+                past, decode[step] = out.past_key_values, out.logits[:, -1].numpy()
+        else:
+            for row, length in enumerate(lengths):
+                past = model(input_ids=torch.tensor(ids[row : row + 1, :length]), use_cache=True).past_key_values
+                for step in range(STEPS):
+                    out = model(input_ids=torch.tensor(new[step, row : row + 1]), past_key_values=past)
+                    past, decode[step, row] = out.past_key_values, out.logits[0, -1].numpy()
+    return Expected(ids, new, prefill.logits.numpy(), decode)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Callable[[str], Path]) -> Callable[[str], Expected]:
+    @cache
+    def get(name: str) -> Expected:
+        return expected_logits(load(tiny_model(name)))
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield request.param
+
+
+def prefill(decoder: PlainDecoder, ids: np.ndarray, lengths: tuple[int, ...], keep: int | None = None) -> np.ndarray:
+    decoder.reset()
+    width = ids.shape[1]
+    mask = np.array([[int(column < length) for column in range(width)] for length in lengths])
+    return decoder.feed(ids, mask, np.tile(np.arange(width), (len(lengths), 1)), keep)
+
+
+def decode(decoder: PlainDecoder, new: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
+    """Return the last logits of every step ``[step, row, V]``; a row's mask sums to its own length."""
+    steps = []
+    for step, tokens in enumerate(new):
+        mask = np.array(
+            [[int(column < length or column >= PROMPT) for column in range(PROMPT + step + 1)] for length in lengths]
+        )
+        positions = np.array([[length + step] for length in lengths])
+        steps.append(decoder.feed(tokens, mask, positions)[:, -1])
+    return np.array(steps)
+
+
+def differences(artifact: Path, expected: Expected) -> dict[str, float]:
+    """Return the largest logit difference of every phase."""
+    decoder = PlainDecoder(artifact)
+    found = {"prefill": float(np.abs(prefill(decoder, expected.ids[:1], (PROMPT,)) - expected.prefill[:1]).max())}
+    alone = decode(decoder, expected.new[:, :1], (PROMPT,))
+    found["decode"] = float(np.abs(alone[:, 0] - expected.decode[:, 0]).max())
+    lengths = (PROMPT, SHORT)
+    both = prefill(decoder, expected.ids, lengths)
+    for row, length in enumerate(lengths):
+        found[f"batch row {row}"] = float(np.abs(both[row, :length] - expected.prefill[row, :length]).max())
+    after = np.abs(decode(decoder, expected.new, lengths) - expected.decode).max(axis=(0, 2))
+    found |= {f"batch decode row {row}": float(value) for row, value in enumerate(after)}
+    return found
+
+
+def test_float_artifact_agrees_with_pytorch(
+    name: str, tiny_artifact: Callable[..., Path], expected: Callable[[str], Expected]
+) -> None:
+    reference = expected(name)
+    assert np.abs(reference.prefill).max() > 1, "logits near zero agree with anything"
+    found = differences(tiny_artifact(name, "float"), reference)
+    assert len(found) == 6
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def test_logits_to_keep_is_a_slice_of_all(name: str, tiny_artifact: Callable[..., Path]) -> None:
+    decoder = PlainDecoder(tiny_artifact(name, "float"))
+    ids = np.random.default_rng(3).integers(3, VOCABULARY, (2, PROMPT))
+    whole = prefill(decoder, ids, (PROMPT, PROMPT))
+    assert whole.shape == (2, PROMPT, VOCABULARY)
+    for keep, first in ((0, 0), (1, -1), (2, -2), (PROMPT, 0), (PROMPT + 5, 0)):
+        np.testing.assert_allclose(prefill(decoder, ids, (PROMPT, PROMPT), keep), whole[:, first:], rtol=0, atol=1e-5)
+    assert np.abs(whole[:, -1] - whole[:, -2]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_swapped_rows_of_one_weight_break_the_tolerance(
+    name: str, tiny_artifact: Callable[..., Path], expected: Callable[[str], Expected], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_artifact(name, "float"), tmp_path / "broken")
+    graph = onnx.load(broken / "model.onnx", load_external_data=False).graph
+    weight = next(item for item in graph.initializer if item.name.endswith(".1.mlp.down_proj.weight"))
+    place = {entry.key: entry.value for entry in weight.external_data}
+    row = 4 * weight.dims[1]
+    with (broken / "model.onnx.data").open("r+b") as stream:
+        stream.seek(int(place["offset"]))
+        first, second = stream.read(row), stream.read(row)
+        stream.seek(int(place["offset"]))
+        stream.write(second + first)
+    found = differences(broken, expected(name))
+    # Each phase on its own must notice.
+    assert min(found.values()) > 100 * TOLERANCE, found

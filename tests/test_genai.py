@@ -1,0 +1,93 @@
+"""int4 artifacts load in onnxruntime-genai as they are and say what a plain ONNX Runtime loop says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import FAMILIES, VOCABULARY
+from plain_decoder import PlainDecoder
+
+genai = pytest.importorskip("onnxruntime_genai")
+
+PROMPT, NEW = 17, 24
+END = 2  # of the tiny models
+
+
+def generate(artifact: Path, prompt: list[int], count: int) -> list[int]:
+    model = genai.Model(str(artifact))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    tokens: list[int] = []
+    while len(tokens) < count and not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens
+
+
+def prompt_of(seed: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(3, VOCABULARY, PROMPT)]
+
+
+def telling(decoder: PlainDecoder, count: int = 4) -> list[tuple[list[int], list[int]]]:
+    """Return the first prompts whose greedy tokens could tell a difference, each with its tokens.
+
+    They do not end early, each says a token that the others did not, and no choice between two logits is a matter of rounding.
+    """
+    found: list[tuple[list[int], list[int]]] = []
+    for seed in range(100):
+        tokens, lead = decoder.greedy(prompt_of(seed), NEW)
+        said = {token for _, others in found for token in others}
+        if END not in tokens and set(tokens) - said and lead > 1e-2:
+            found.append((prompt_of(seed), tokens))
+        if len(found) == count:
+            return found
+    raise AssertionError("no prompt makes this model say anything that tells")
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_greedy_tokens_as_a_plain_loop(name: str, keep: int, tiny_artifact: Callable[..., Path]) -> None:
+    overrides = ("graph.logits_to_keep=1",) if keep else ()
+    artifact = tiny_artifact(name, "arm-int4", *overrides)
+    cases = telling(PlainDecoder(artifact))
+    # A random model likes to repeat itself; together the prompts make it say enough.
+    assert len({token for _, tokens in cases for token in tokens}) >= 5
+    for prompt, expected in cases:
+        assert generate(artifact, prompt, NEW) == expected
+
+
+def test_another_model_says_something_else(tiny_artifact: Callable[..., Path]) -> None:
+    prompt = prompt_of(1)
+    tokens = [generate(tiny_artifact(name, "arm-int4"), prompt, NEW) for name in ("llama", "mistral")]
+    assert tokens[0] != tokens[1]
+
+
+def test_an_unknown_key_is_refused_so_only_known_ones_are_written(
+    tiny_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    artifact = shutil.copytree(tiny_artifact("llama", "arm-int4"), tmp_path / "artifact")
+    path = artifact / "genai_config.json"
+    genai.Model(str(artifact))
+    config = json.loads(path.read_text())
+    config["model"]["decoder"]["surprise"] = 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="surprise"):
+        genai.Model(str(artifact))
+
+
+def test_search_defaults_are_the_generation_configs(tiny_artifact: Callable[..., Path]) -> None:
+    artifact = tiny_artifact("gpt2", "arm-int4")
+    config = json.loads((artifact / "genai_config.json").read_text())
+    assert config["model"]["type"] == "decoder"
+    assert config["model"]["eos_token_id"] == END
+    assert config["model"]["bos_token_id"] == 1
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 256
+    assert config["search"]["do_sample"] is False
