@@ -18,9 +18,9 @@ BUDGETS = (
     "max_bytes",
 )
 
-# The most nats by which an artifact's decoding may differ from its own prefill. Both run the same weights, so only
-# kernels for one row and for many differ.
-MAX_DECODE_SELF_KL = 0.01
+# The most nats by which an artifact's decoding may differ from its own prefill. Both run the same weights, but ONNX
+# Runtime rounds activations to int8 for one row and not for many: 0.0014 on SmolLM2-135M in int4, under 1e-10 in float32.
+MAX_DECODE_SELF_KL = 0.05
 
 
 @dataclass(frozen=True)

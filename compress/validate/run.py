@@ -145,14 +145,14 @@ def run_validation(
         if checkpoint_spec is not None:
             reference = make_reference(opened, checkpoint_spec, eval_text, tokens, window, plan, work, stages, progress)
         for name, measured in results.items():
-            _measure_graph(opened, name, reference, measured, plan, work, stages, progress)
+            measure_graph(opened, name, reference, measured, plan, work, stages, progress)
     for name, measured in results.items():
         contenders = _baselines(
             checkpoint_spec if pytorch_baseline else None, float_baseline, float_baseline_reason, memory_cap, name
         )
         _measure_speed(opened, name, contenders, measured, plan, stages, progress)
     return Validation(
-        verdict=_verdict(budgets, results, opened.bytes),
+        verdict=verdict(budgets, results, opened.bytes),
         drift=next((measured.drift for measured in results.values() if measured.drift), None),
         speed=tuple(measured.speed for measured in results.values() if measured.speed),
         placement=tuple(measured.placement for measured in results.values() if measured.placement),
@@ -222,7 +222,7 @@ def measure_drift(
     return _report_drift(provider, reference, measured, through_cache), response
 
 
-def _measure_graph(
+def measure_graph(
     artifact: Artifact,
     provider: str,
     reference: Reference | None,
@@ -288,7 +288,7 @@ def _measure_speed(
     measured.missing |= {f"speedup_vs_{name}": item.skipped or "" for name, item in speed.baselines.items()}
 
 
-def _verdict(budgets: Mapping[str, float | None], results: Mapping[str, Measured], size: int) -> Verdict:
+def verdict(budgets: Mapping[str, float | None], results: Mapping[str, Measured], size: int) -> Verdict:
     """Judge every provider by itself; several providers' reasons are told apart by their names."""
     reasons: list[str] = []
     for name, measured in results.items():

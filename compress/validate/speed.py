@@ -91,7 +91,7 @@ def measure_speed(
     Raises:
         CompressError: The artifact itself cannot run.
     """
-    contenders: dict[str, Contender] = {**baselines}
+    contenders: dict[str, Contender] = {str(name): item for name, item in baselines.items()}
     contenders["artifact"] = artifact_contender(artifact.model, artifact.session_options, provider)
     times: dict[str, _Times] = {name: _Times() for name in contenders}
     skipped: dict[str, str] = {name: item.skipped for name, item in contenders.items() if item.skipped}

@@ -1,0 +1,180 @@
+"""The report's schema, its JSON and its tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from compress.errors import CompressError
+from compress.report import environment, terminal
+from compress.report import json as report_json
+from compress.report.model import Report
+
+REPORT: dict[str, Any] = {
+    "schema_version": 1,
+    "verdict": {"status": "fail", "reasons": ["kl is 0.5, the budget asks for at most 0.4 [bold]"]},
+    "source": {"identifier": "owner/model", "kind": "hub", "revision": "abc", "adapter": None},
+    "profile": {"name": "arm-int4", "resolved": {"quantize": {"bits": 4}}},
+    "size": {"source_bytes": 540_000_000, "artifact_bytes": 86_500_000, "ratio": 6.243},
+    "drift": {
+        "provider": "cpu",
+        "tokens": 2044,
+        "windows": 4,
+        "eval_text": {"name": "python-language-reference/evaluation", "sha256": "0" * 64},
+        "reference": "PyTorch float32 of BF16 weights",
+        "reference_perplexity": 13.3,
+        "perplexity_ratio": {"value": 1.349, "standard_error": 0.007},
+        "kl_divergence": {"mean": 0.4125, "standard_error": None, "p99": 2.5},
+        "top1_agreement": 0.664,
+        "confident_tokens": 900,
+        "confident_flips": 31,
+        "logit_max_abs": 9.5,
+        "decode": {"tokens": 64, "kl_mean": 0.4, "prefill_kl_mean": 0.4, "self_kl_mean": 0.001, "self_kl_max": 0.01},
+    },
+    "speed": [
+        {
+            "provider": "cpu",
+            "device": "a processor",
+            "evidence": "measured",
+            "threads": 2,
+            "prompt_tokens": 128,
+            "new_tokens": 32,
+            "repeats": 3,
+            "load_seconds": 0.3,
+            "peak_rss_bytes": 200_000_000,
+            "prefill_tokens_per_second": 551.0,
+            "decode_tokens_per_second": {"median": 107.0, "p10": 99.0, "p90": 110.0},
+            "baselines": {
+                "pytorch": {"skipped": "the float32 model needs about 18 GB of memory, 8 GB are available"},
+                "onnx_float": {
+                    "load_seconds": 0.9,
+                    "peak_rss_bytes": 900_000_000,
+                    "prefill_tokens_per_second": 671.0,
+                    "decode_tokens_per_second": {"median": 34.0, "p10": 30.0, "p90": 35.0},
+                },
+            },
+            "speedup_vs_onnx_float": 3.147,
+            "prefill_speedup_vs_onnx_float": 0.82,
+        }
+    ],
+    "placement": [{"provider": "cpu", "nodes_total": 339, "nodes_on_provider": 339, "fallback_nodes": []}],
+    "stages": [{"name": "quantize", "seconds": 12.5, "peak_rss_bytes": 400_000_000}, {"name": "plan", "seconds": 0.1}],
+    "environment": {
+        "versions": {"python": "3.11.7"},
+        "cpu": "a processor",
+        "cores": 2,
+        "instruction_sets": ["avx2"],
+        "os": "Linux 6",
+        "architecture": "x86_64",
+        "memory_bytes": 1,
+    },
+}
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report.model_validate(REPORT)
+
+
+def shown(report: Report, width: int) -> str:
+    stream = io.StringIO()
+    terminal.show(report, Console(file=stream, width=width, no_color=True, force_terminal=False))
+    return stream.getvalue()
+
+
+def test_it_survives_the_round_trip_byte_by_byte(report: Report, tmp_path: Path) -> None:
+    report_json.write(report, tmp_path / "report.json")
+    assert report_json.read(tmp_path / "report.json") == report
+    assert (tmp_path / "report.json").read_text() == report_json.dumps(report)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_keys_are_sorted_and_complete(report: Report) -> None:
+    document = json.loads(report_json.dumps(report))
+    assert list(document) == sorted(document)
+    assert list(document["drift"]) == sorted(document["drift"])
+    assert set(REPORT) == set(document)
+    assert document["speed"][0]["speedup_vs_pytorch"] is None  # not measured is said, not left out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValidationError):
+        Report.model_validate({**REPORT, "size": {"artifact_bytes": 1, "ratio": value}})
+
+
+def test_unknown_keys_and_versions_are_refused(tmp_path: Path) -> None:
+    for change, key in (({"colour": "red"}, "colour"), ({"schema_version": 2}, "schema_version")):
+        (tmp_path / "report.json").write_text(json.dumps({**REPORT, **change}))
+        with pytest.raises(CompressError, match=key):
+            report_json.read(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(CompressError, match="not a report"):
+        report_json.read(tmp_path / "report.json")
+    with pytest.raises(CompressError, match="cannot be read"):
+        report_json.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_tables_say_everything_at_any_width(report: Report, width: int) -> None:
+    output = shown(report, width)
+    assert max(map(len, output.splitlines())) <= width
+    assert "\x1b" not in output
+    flat = "".join(output.split())
+    for fact in (
+        "FAIL", "kl is 0.5, the budget asks for at most 0.4 [bold]", "86.5 MB", "6.24x", "0.4125", "1.3490 ± 0.0070",
+        "66.4%", "31 of 900", "107 (99 to 110)", "decode 3.15x, prefill 0.82x", "not measured: the float32 model",
+        "339 of 339 nodes", "12.5 s, 400 MB", "0.1 s", "measured, 2 threads",
+    ):  # fmt: skip
+        assert "".join(fact.split()) in flat, fact
+
+
+def test_what_was_not_measured_has_no_line(report: Report) -> None:
+    bare = report.model_copy(update={"drift": None, "speed": (), "placement": (), "stages": ()})
+    output = shown(bare, 80)
+    assert "KL" not in output and "tok/s" not in output and "nodes" not in output
+
+
+def test_a_passing_verdict_is_a_word(report: Report) -> None:
+    passed = report.model_copy(update={"verdict": report.verdict.model_copy(update={"status": "pass", "reasons": ()})})
+    assert shown(passed, 80).startswith("PASS\n")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (86.5e6, "86.5 MB"), (2.72e9, "2.72 GB")]
+)
+def test_sizes_are_decimal(count: float, text: str) -> None:
+    assert terminal.size(count) == text
+
+
+def test_the_environment_names_what_is_installed() -> None:
+    found = environment.environment()
+    assert {"python", "compress", "onnxruntime", "torch", "transformers", "numpy"} <= set(found.versions)
+    assert found.cpu and found.cores >= 1 and (found.memory_bytes or 0) > 1 << 28
+
+
+def test_processors_are_read_from_what_the_kernel_says() -> None:
+    assert environment.cpu("model name\t: A 1\nflags\t\t: fpu avx2\n\nmodel name\t: B\nflags : none\n") == (
+        "A 1",
+        frozenset({"fpu", "avx2"}),
+    )
+    assert environment.cpu("Features\t: asimd i8mm\nModel\t\t: Pi") == ("Pi", frozenset({"asimd", "i8mm"}))
+    assert environment.cpu("") == ("", frozenset())
+
+
+def test_reports_load_no_runtime() -> None:
+    code = (
+        "import sys, compress.report.terminal, compress.report.environment as e; e.environment();"
+        "print([m for m in ('torch', 'transformers', 'onnxruntime') if m in sys.modules])"
+    )
+    root = str(Path(environment.__file__).parents[2])
+    output = subprocess.check_output([sys.executable, "-c", code], env={"PYTHONPATH": root})
+    assert output.decode().strip() == "[]"

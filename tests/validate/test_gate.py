@@ -1,0 +1,76 @@
+"""The gate: limits, their direction, and that nothing unmeasured passes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from compress.errors import UsageError
+from compress.validate.gate import BUDGETS, MAX_DECODE_SELF_KL, judge
+
+GOOD = {
+    "kl": 0.1,
+    "top1_agreement": 0.9,
+    "perplexity_ratio": 1.1,
+    "speedup_vs_pytorch": 2.0,
+    "speedup_vs_onnx_float": 1.5,
+    "bytes": 1000.0,
+}
+LIMITS = dict(zip(BUDGETS, (0.2, 0.8, 1.2, 1.0, 1.0, 2000.0), strict=True))
+
+
+def test_everything_within_its_budget_passes() -> None:
+    verdict = judge(LIMITS, GOOD, fallback={"cpu": []}, decode_self_kl={"cpu": 0.0})
+    assert (verdict.status, verdict.reasons) == ("pass", ())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_each_budget_fails_alone_and_on_its_own_side(budget: str) -> None:
+    measure = budget.split("_", 1)[1]
+    beyond = LIMITS[budget] * (1.01 if budget.startswith("max") else 0.99)
+    verdict = judge(LIMITS, {**GOOD, measure: beyond})
+    assert verdict.status == "fail" and len(verdict.reasons) == 1
+    assert verdict.reasons[0].startswith(f"{measure} is ") and "the budget asks for at " in verdict.reasons[0]
+    assert judge(LIMITS, {**GOOD, measure: LIMITS[budget]}).status == "pass"  # the limit itself is within
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_was_not_measured_fails_with_the_reason(budget: str) -> None:
+    measure = budget.split("_", 1)[1]
+    for value in ({}, {measure: None}):
+        measured = {name: number for name, number in GOOD.items() if name != measure} | value
+        verdict = judge(LIMITS, measured, missing={measure: "the dog ate it"})
+        assert verdict.status == "fail"
+        assert verdict.reasons == (verdict.reasons[0],) and "not measured (the dog ate it)" in verdict.reasons[0]
+
+
+def test_not_a_number_never_passes() -> None:
+    assert judge({"max_kl": 1.0}, {"kl": math.nan}).status == "fail"
+    assert judge({}, {}, decode_self_kl={"cpu": math.nan}).status == "fail"
+
+
+def test_no_budget_asks_for_no_measure() -> None:
+    assert judge({}, {}).status == "pass"
+    assert judge({"max_kl": None}, {}).status == "pass"
+
+
+def test_a_fallback_fails_whatever_the_budgets() -> None:
+    verdict = judge({}, {}, fallback={"npu": ["a (Gather) on CPU", "b (Add) on CPU"]})
+    assert verdict.reasons == ("2 nodes did not run on npu, the first is a (Gather) on CPU",)
+
+
+def test_decoding_that_differs_from_prefill_fails_whatever_the_budgets() -> None:
+    assert judge({}, {}, decode_self_kl={"cpu": MAX_DECODE_SELF_KL}).status == "pass"
+    verdict = judge({}, {}, decode_self_kl={"cpu": 2 * MAX_DECODE_SELF_KL})
+    assert verdict.status == "fail" and "decoding through the cache differs from prefill" in verdict.reasons[0]
+
+
+def test_a_failure_is_a_reason() -> None:
+    assert judge(LIMITS, GOOD, failures=["it crashed"]).reasons == ("it crashed",)
+
+
+def test_an_unknown_budget_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="unknown budget 'max_kll'") as caught:
+        judge({"max_kll": 1.0}, {})
+    assert str(caught.value.hint).startswith("did you mean max_kl")
