@@ -217,6 +217,10 @@ class Scheme:
         return -(-columns // self.block_size)
 
 
+#: How scales are stored: float32 or float16 a block, or int8 a block times one float32 a row.
+ScaleFormat = Literal["float32", "float16", "int8"]
+
+
 @dataclass(frozen=True)
 class QuantizedRows:
     """Quantized rows, not packed yet.
@@ -237,13 +241,21 @@ class Quantizer(Protocol):
 
     name: str
 
-    def quantize(self, weight: FloatArray, scheme: Scheme, importance: FloatArray | None = None) -> QuantizedRows:
+    def quantize(
+        self,
+        weight: FloatArray,
+        scheme: Scheme,
+        importance: FloatArray | None = None,
+        *,
+        scale_format: ScaleFormat = "float32",
+    ) -> QuantizedRows:
         """Quantize ``weight`` float32 ``[rows, columns]``.
 
         Args:
             weight: Finite values.
             scheme: Bits, block size, symmetry.
             importance: float32 ``[columns]``, positive: expected second moment of each input channel up to a factor.
+            scale_format: What scales are stored as; they are rounded to it before codes are chosen.
         """
         ...
 

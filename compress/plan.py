@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from compress.contracts import Checkpoint, Decoder, Linear, Role, Scheme, Slice, Table, TensorInfo
+from compress.contracts import Checkpoint, Decoder, Linear, Role, ScaleFormat, Scheme, Slice, Table, TensorInfo
 from compress.profile import Profile
 from compress.providers import load as load_provider
 from compress.errors import UsageError
@@ -23,8 +23,8 @@ INLINE_LIMIT = 1024
 #: Large tensors start on a page so that a runtime can map them; the others on a cache line.
 _PAGE, _LINE, _PAGE_FROM = 4096, 64, 1 << 20
 
-DType = Literal["float32", "float16", "uint8"]
-_ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "uint8": 1}
+DType = Literal["float32", "float16", "int8", "uint8"]
+_ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Fate:
     norm: tuple[str, ...] = ()
     tied: bool = False
 
+    def part(self, kind: str) -> StoredTensor | None:
+        """Return ``codes``, ``scales``, ``row_scales`` or ``zero_points`` of a quantized weight, if it has them."""
+        return next((tensor for tensor in self.stored if tensor.name == f"{self.name}.{kind}"), None)
+
     @property
     def nbytes(self) -> int:
         """Bytes stored, without padding."""
@@ -86,6 +90,7 @@ class Plan:
     model_type: str
     profile: str
     decoder: Decoder
+    scale_format: ScaleFormat
     fates: tuple[Fate, ...]
     data_bytes: int
     source_bytes: int
@@ -147,6 +152,7 @@ def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Pla
         model_type=decoder.model_type,
         profile=profile.name,
         decoder=decoder,
+        scale_format=profile.quantize.scale_format,
         fates=tuple(fates),
         data_bytes=layout.end,
         source_bytes=_source_bytes(decoder, checkpoint.tensors()),
@@ -231,8 +237,10 @@ def _quantized(
 ) -> list[tuple[str, DType, tuple[int, ...]]]:
     tensors: list[tuple[str, DType, tuple[int, ...]]] = [
         (f"{name}.codes", "uint8", (rows, code_bytes(1, columns, scheme))),
-        (f"{name}.scales", profile.quantize.scale_dtype, (rows, scheme.blocks(columns))),
+        (f"{name}.scales", profile.quantize.scale_format, (rows, scheme.blocks(columns))),
     ]
+    if profile.quantize.scale_format == "int8":
+        tensors.append((f"{name}.row_scales", "float32", (rows, 1)))
     if not scheme.symmetric:
         tensors.append((f"{name}.zero_points", "uint8", (rows, zero_point_bytes(1, columns, scheme))))
     return tensors

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.contracts import Role, Scheme
+from compress.contracts import Role, ScaleFormat, Scheme
 from compress.errors import UsageError, did_you_mean
 
 _MAX_PROFILE_BYTES = 256 * 1024
@@ -39,7 +39,7 @@ class Quantize(_Strict):
     block_size: int = 32
     symmetric: bool = True
     accuracy_level: Literal[0, 1, 4] = 4
-    scale_dtype: Literal["float32", "float16"] = "float32"
+    scale_format: ScaleFormat = "float32"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
 
     def scheme(self, role: Role) -> Scheme | None:

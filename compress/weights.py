@@ -22,6 +22,7 @@ from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
 from compress.quantize.finite import first_nonfinite
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
+from compress.quantize.scales import pack_scales
 
 #: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
 CHUNK_WEIGHTS = 1 << 21
@@ -127,18 +128,22 @@ class _Stream:
     def _quantize(self, task: _Task, rows: FloatArray) -> None:
         fate, scheme = task.fate, task.fate.scheme
         assert scheme is not None
-        codes, scales, *zero_points = fate.stored
-        result = self.quantizer.quantize(rows, scheme, self._importance(fate))
+        result = self.quantizer.quantize(rows, scheme, self._importance(fate), scale_format=self.plan.scale_format)
         packed = (
             pack_table(result.codes, scheme, fate.columns)
             if fate.kind == "table"
             else pack_matmul_weight(result.codes, scheme)
         )
-        self.store(codes, task.start, packed)
-        self.store(scales, task.start, result.scales.astype(scales.dtype, copy=False))
-        if zero_points:
-            assert result.zero_points is not None
-            self.store(zero_points[0], task.start, pack_zero_points(result.zero_points, scheme))
+        scales, row_scales = pack_scales(result.scales, self.plan.scale_format)
+        parts: dict[str, AnyArray] = {"codes": packed, "scales": scales}
+        if row_scales is not None:
+            parts["row_scales"] = row_scales[:, None]
+        if result.zero_points is not None:
+            parts["zero_points"] = pack_zero_points(result.zero_points, scheme)
+        for kind, array in parts.items():
+            stored = fate.part(kind)
+            assert stored is not None, f"{fate.name}: the plan has no place for {kind}"
+            self.store(stored, task.start, array)
 
     def _transpose(self, fate: Fate, rows: FloatArray) -> None:
         """Store [N, K] as [K, N], a band of columns at a time so that no second copy of the tensor exists."""

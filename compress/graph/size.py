@@ -37,15 +37,18 @@ def predict_graph_bytes(plan: Plan) -> int:
 def _node_extra(fate: Fate) -> int:
     if fate.kind == "matmul" and fate.scheme is None:
         return _FLOAT_LINEAR
-    if fate.scheme is not None and fate.stored[1].dtype != "float32":
-        return _CAST + 3 * len(fate.stored[1].name)
+    scales = fate.part("scales")
+    if scales is not None and scales.dtype == "float16":
+        return _CAST + 3 * len(scales.name)
+    if scales is not None and scales.dtype == "int8":
+        return 2 * _CAST + 6 * len(scales.name)
     return 0
 
 
 def _entry_bytes(stored: StoredTensor) -> int:
     import onnx
 
-    types = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "uint8": onnx.TensorProto.UINT8}
+    types = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8}
     entry = onnx.TensorProto(name=stored.name, dims=stored.shape, data_type=types[stored.dtype])
     if stored.offset is None:
         entry.raw_data = bytes(stored.nbytes)

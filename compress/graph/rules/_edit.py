@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compress.plan import Plan, StoredTensor
+from compress.plan import Fate, Plan, StoredTensor
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
 }
 
@@ -61,16 +62,28 @@ class Weights:
         self._made[name] = value
         return value
 
-    def scales(self, stored: StoredTensor, before: ir.Node) -> ir.Value:
-        """Return float32 scales; float16 ones get a Cast, which runtimes fold into a constant when they load."""
+    def part(self, fate: Fate, kind: str) -> ir.Value | None:
+        """Return a part of a quantized weight, ``None`` if its scheme has no such part."""
+        stored = fate.part(kind)
+        return self.value(stored) if stored is not None else None
+
+    def scales(self, fate: Fate, before: ir.Node) -> ir.Value:
+        """Return float32 scales: smaller formats get a Cast (and a Mul), which runtimes fold when they load."""
+        stored = fate.part("scales")
+        assert stored is not None
         value = self.value(stored)
         if stored.dtype == "float32":
             return value
-        if stored.name not in self._widened:
-            output = ir.Value(name=f"{stored.name}.float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
-            node(self.graph, before, "Cast", [value], [output], to=int(ir.DataType.FLOAT))
-            self._widened[stored.name] = output
-        return self._widened[stored.name]
+        if fate.name not in self._widened:
+            wide = ir.Value(name=f"{stored.name}.float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            node(self.graph, before, "Cast", [value], [wide], to=int(ir.DataType.FLOAT))
+            row_scales = self.part(fate, "row_scales")
+            if row_scales is not None:
+                product = ir.Value(name=f"{stored.name}.product", shape=value.shape, type=wide.type)
+                node(self.graph, before, "Mul", [wide, row_scales], [product])
+                wide = product
+            self._widened[fate.name] = wide
+        return self._widened[fate.name]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every user of ``old`` read ``new``, and drop ``old``."""

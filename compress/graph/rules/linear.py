@@ -142,15 +142,16 @@ def _quantized(
 ) -> None:
     scheme = fate.scheme
     assert scheme is not None
-    codes, scales, *rest = fate.stored
+    codes = fate.part("codes")
+    assert codes is not None
     blocks = scheme.blocks(linear.in_features)
     # MatMulNBits sees the codes as [N, blocks, bytes a block]: the same bytes that an embedding reads as [N, bytes].
     shape = (linear.out_features, blocks, scheme.block_size * scheme.bits // 8)
     inputs: list[ir.Value | None] = [
         place.source,
         weights.value(codes, name=f"{fate.name}.blocked_codes" if fate.tied else None, shape=shape),
-        weights.scales(scales, place.first),
-        weights.value(rest[0]) if rest else None,
+        weights.scales(fate, place.first),
+        weights.part(fate, "zero_points"),
         None,
         bias,
     ]

@@ -25,10 +25,11 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
             gather.replace_input_with(0, weights.value(fate.stored[0]))
             forget(graph, old)
             continue
-        codes, scales, *rest = fate.stored
         output = ir.Value(name=gather.outputs[0].name)
-        inputs: list[ir.Value | None] = [weights.value(codes), gather.inputs[1], weights.scales(scales, gather)]
-        inputs += [weights.value(tensor) for tensor in rest]
+        inputs = [weights.part(fate, "codes"), gather.inputs[1], weights.scales(fate, gather)]
+        zero_points = weights.part(fate, "zero_points")
+        if zero_points is not None:
+            inputs.append(zero_points)
         node(
             graph,
             gather,
