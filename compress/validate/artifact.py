@@ -43,9 +43,12 @@ def open_artifact(directory: Path) -> Artifact:
     if not directory.is_dir():
         raise CompressError("there is no such artifact directory", where=str(directory))
     config = _read(directory / "config.json")
-    decoder: dict[str, Any] = {}
+    decoder: Any = {}
     if (directory / "genai_config.json").exists():
-        decoder = _read(directory / "genai_config.json").get("model", {}).get("decoder", {})
+        model = _read(directory / "genai_config.json").get("model")
+        decoder = model.get("decoder", {}) if isinstance(model, dict) else model
+        if not isinstance(decoder, dict):
+            raise CompressError("model.decoder is not a mapping", where="genai_config.json")
     filename = decoder.get("filename", "model.onnx")
     if not isinstance(filename, str) or Path(filename).name != filename:
         raise CompressError(f"the graph's file name {filename!r} is not a plain name", where="genai_config.json")

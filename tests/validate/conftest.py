@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def float_graph(directory: Path) -> Path:
     path.parent.mkdir()
     ir.save(package["model"], path, external_data="model.onnx.data")
     return path
+
+
+@pytest.fixture(scope="session")
+def make_float_graph() -> Callable[[Path], Path]:
+    """Return :func:`float_graph`, which tests cannot import: every folder has a ``conftest``."""
+    return float_graph
 
 
 @pytest.fixture(scope="session")
