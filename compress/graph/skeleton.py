@@ -19,14 +19,14 @@ from pathlib import Path
 from compress.errors import WorkerError
 
 _TIMEOUT_SECONDS = 600
-_LOG_LINES = 12
+_LONGEST_REASON = 300
 
 
 def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping[str, str] | None = None) -> None:
     """Run the worker on a directory that holds ``config.json`` and wait for ``output``.
 
     Raises:
-        WorkerError: It failed or took too long; the message holds the end of its log.
+        WorkerError: It failed or took too long; the message holds the last line of its log.
     """
     command = [sys.executable, "-m", "compress.graph.skeleton", str(config_directory.resolve()), str(output.resolve())]
     # Offline, or a local directory is looked up on the hub first, for minutes. One thread: nothing here is parallel.
@@ -44,12 +44,15 @@ def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping
     except subprocess.TimeoutExpired:
         raise WorkerError(f"building the graph skeleton took more than {_TIMEOUT_SECONDS} s") from None
     if done.returncode or not output.is_file():
-        tail = "\n".join(done.stderr.strip().splitlines()[-_LOG_LINES:])
-        raise WorkerError(
-            f"building the graph skeleton failed (exit {done.returncode})",
-            where=tail or None,
-            hint="check config.json; with --debug the whole log is shown",
+        log = done.stderr.strip()
+        last = log.splitlines()[-1][:_LONGEST_REASON] if log else f"exit {done.returncode}"
+        failure = WorkerError(
+            f"building the graph skeleton failed: {last}",
+            where=str(config_directory / "config.json"),
+            hint="check config.json; with --debug the worker's log is shown",
         )
+        failure.add_note(f"The worker's log:\n{log}")  # a traceback shows it, the short message does not
+        raise failure
 
 
 def _work(config_directory: str, output: str) -> None:
