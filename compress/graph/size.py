@@ -16,7 +16,9 @@ _LOCATION = "model.onnx.data"
 #: Fixed bytes and bytes a block of the remaining nodes, inputs and outputs: with rotary embedding, and without.
 _ROTARY, _ABSOLUTE = (1690, 2762), (1680, 2085)
 #: A linear without quantization has a MatMul with fewer inputs and no attributes; with a bias it also has an Add.
-_FLOAT_LINEAR = -95
+_FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
+#: LongRoPE's positions: nodes and constants once, and an input of every attention node.
+_LONG_ROPE = (1167, 22)
 _CAST = 48
 
 
@@ -24,19 +26,21 @@ def predict_graph_bytes(plan: Plan) -> int:
     """Return the predicted bytes of ``model.onnx``."""
     fixed, block = _ROTARY if plan.decoder.rope_shape is not None else _ABSOLUTE
     total = fixed + block * plan.decoder.layers
+    if plan.decoder.rope_switch is not None:
+        total += _LONG_ROPE[0] + _LONG_ROPE[1] * plan.decoder.layers
     for fate in plan.fates:
         uses = 2 if fate.tied else 1
         for stored in fate.stored:
             total += _entry_bytes(stored) + uses * (len(stored.name) + 2)
-        total += _node_extra(fate)
+        total += _node_extra(fate, biased=f"{fate.name}.bias" in plan.by_name)
         if fate.tied and fate.scheme is not None:
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
     return total
 
 
-def _node_extra(fate: Fate) -> int:
+def _node_extra(fate: Fate, *, biased: bool) -> int:
     if fate.kind == "matmul" and fate.scheme is None:
-        return _FLOAT_LINEAR
+        return _FLOAT_LINEAR + (_FLOAT_BIAS if biased else 0)
     scales = fate.part("scales")
     if scales is not None and scales.dtype == "float16":
         return _CAST + 3 * len(scales.name)
