@@ -19,8 +19,8 @@ BUDGETS = (
 )
 
 # The most nats by which an artifact's decoding may differ from its own prefill. Both run the same weights, but kernels
-# for one row and for many differ, and rounding activations to int8 amplifies that: 0.0014 on SmolLM2-135M in int4, 1e-15
-# on tiny float32 models. A mixed-up cache is off by 0.35 or more (tests/validate/test_planted_bugs.py).
+# for one row and for many differ, and rounding activations to int8 amplifies that: 0.0014 on SmolLM2-135M in int4,
+# 1e-15 on tiny float32 models. A mixed-up cache is off by 0.35 or more (tests/validate/test_planted_bugs.py).
 MAX_DECODE_SELF_KL = 0.05
 
 

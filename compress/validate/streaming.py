@@ -20,7 +20,7 @@ from compress.contracts import Checkpoint
 from compress.errors import SourceError, UnsupportedModelError
 
 BLOCK_BYTES = 64 << 20
-LAYER_TOKENS = 1024
+LAYER_TOKENS = 512
 
 
 class _EmptyOnMeta(TorchFunctionMode):
