@@ -12,6 +12,7 @@ Source: Ding et al., arXiv 2402.13753; the switch is transformers' (``longrope_f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -46,7 +47,7 @@ def _positions(graph: ir.Graph, before: ir.Node, switch: int) -> ir.Value:
         graph.register_initializer(made)
         return made
 
-    def call(name: str, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    def call(name: str, op_type: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
         output = ir.Value(name=f"long_rope/{name}")
         node(graph, before, op_type, inputs, [output], **attributes)
         return output
