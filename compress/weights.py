@@ -160,7 +160,9 @@ class _Stream:
         if name not in self._norms:
             norm = self.plan.by_name[name]
             weight = read_rows(self.checkpoint, norm, 0, norm.rows).reshape(-1)
-            self._norms[name] = np.square(weight)
+            # Importance counts up to a factor; a power of two changes no digit and keeps the square in range.
+            _, exponent = np.frexp(np.abs(weight).max())
+            self._norms[name] = np.square(np.ldexp(weight, -int(exponent)))
         return self._norms[name]
 
     def store(self, stored: StoredTensor, row: int, array: AnyArray) -> None:
