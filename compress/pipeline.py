@@ -93,6 +93,7 @@ def export(
     with model.open() as checkpoint:
         with stages.stage("plan"):
             require_tokenizer(checkpoint)
+            genai.read_generation(checkpoint)  # a damaged one is found out now, not after the weights
             plan = make_plan(describe(checkpoint), profile, checkpoint)
             resources.check(plan, profile, options)
             require_space(output, plan.predicted_bytes)

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from compress.contracts import Checkpoint, Decoder
+from compress.errors import SourceError
 from compress.package.staging import write_file
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
 NAME = "genai_config.json"
+GENERATION_NAME = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+#: Sampling values of a generation config, and what they are where it does not say.
+SEARCH_DEFAULTS: Mapping[str, int | float] = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+MAX_SEARCH_VALUE = 1e6
+_RESTORE = "restore the file that belongs to this model"
 
 
 def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: tuple[str, ...]) -> None:
@@ -25,8 +33,7 @@ def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: 
         checkpoint: Its config and generation config name the special tokens.
         inputs: The graph's input names.
     """
-    generation = _generation_config(checkpoint)
-    special = {key: _token(key, generation, checkpoint.config) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special, search = read_generation(checkpoint)
     eos = special["eos_token_id"]
     first_eos = eos[0] if isinstance(eos, list) else eos
     names = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
@@ -55,32 +62,42 @@ def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: 
         },
     }
     search = {
-        "do_sample": bool(generation.get("do_sample", False)),
         "max_length": decoder.context_length,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": True,
-        "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
-        "temperature": float(generation.get("temperature") or 1.0),
-        "top_k": int(generation.get("top_k") or 50),
-        "top_p": float(generation.get("top_p") or 1.0),
+        **search,
     }
     model = {key: value for key, value in model.items() if value is not None}
     write_file(directory / NAME, json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n")
 
 
-def _generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    path = checkpoint.sidecars().get("generation_config.json")
-    if path is None:
-        return {}
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+def read_generation(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the special tokens and the sampling defaults: the generation config's, else the config's own tokens.
+
+    Raises:
+        SourceError: ``generation_config.json`` is damaged, or a value in it is not what its key promises.
+    """
+    path = checkpoint.sidecars().get(GENERATION_NAME)
+    generation = read_json_object(path, MAX_CONFIG_BYTES, GENERATION_NAME) if path is not None else {}
+    special = {key: _token(key, generation, checkpoint.config) for key in TOKENS}
+    search: dict[str, Any] = {"do_sample": generation.get("do_sample") is True}
+    for key, default in SEARCH_DEFAULTS.items():
+        value = generation.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SEARCH_VALUE:
+            raise SourceError(f"{key} is {value!r}, a number was expected", where=GENERATION_NAME, hint=_RESTORE)
+        # 0 is no value that sampling could use: it stands for "unset".
+        search[key] = type(default)(value) if value else default
+    return special, search
 
 
 def _token(key: str, generation: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    value = generation.get(key)
-    return value if value is not None else config.get(key)
+    where, value = GENERATION_NAME, generation.get(key)
+    if value is None:
+        where, value = "config.json", config.get(key)
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not (ids and all(type(token) is int and 0 <= token < 1 << 31 for token in ids)):
+        raise SourceError(f"{key} is {value!r}, a token id was expected", where=where, hint=_RESTORE)
+    return value

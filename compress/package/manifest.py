@@ -20,6 +20,7 @@ NAME = "manifest.json"
 #: Packages whose version can change the bytes or the numbers.
 TOOLS = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch", "transformers")
 _CHUNK = 1 << 20
+_SHAPE: Mapping[str, type] = {"files": list, "profile": dict, "seed": int, "source": dict, "status": str, "tools": dict}
 
 
 def digest(path: Path) -> str:
@@ -95,4 +96,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             where=str(path),
             hint=f"schema_version {SCHEMA_VERSION} was expected",
         )
+    for key, kind in _SHAPE.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CompressError(f"manifest.json is damaged: {key} is missing or malformed", where=str(path))
     return manifest

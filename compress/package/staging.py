@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compress.errors import CompressError, UsageError
@@ -29,11 +29,15 @@ def staged(output: Path) -> Iterator[Path]:
     Raises:
         CompressError: The place cannot be written, or somebody else created the output meanwhile.
     """
+    made = _missing_parents(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     except OSError as error:
-        raise CompressError(f"cannot write there: {error.strerror}", where=str(output.parent)) from None
+        _remove_empty(made)
+        raise CompressError(
+            f"cannot write there: {error.strerror}", where=str(output.parent), hint="choose another place with -o"
+        ) from None
     try:
         yield staging
         staging.chmod(0o755)
@@ -47,6 +51,18 @@ def staged(output: Path) -> Iterator[Path]:
         sync(output.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(made)  # after a success the nearest one is not empty, and stays
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """Return the directories above ``path`` that do not exist yet, the nearest first."""
+    return [parent for parent in path.absolute().parents if not parent.exists()]
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
