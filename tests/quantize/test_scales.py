@@ -31,7 +31,8 @@ def test_rounded_scales_survive_storage_exactly(scale_format: Any, values: Any) 
     assert np.array_equal(rounded == 0, values == 0)
     assert np.all(rounded * values >= 0)
     total = stored.nbytes + (0 if row_scales is None else row_scales.nbytes)
-    assert total == scales.scale_bytes(*values.shape, scale_format)
+    rows, blocks = values.shape
+    assert total == scales.scale_bytes(rows, blocks, scale_format)
 
 
 def test_rounding_is_as_near_as_the_format_allows() -> None:
@@ -46,9 +47,10 @@ def test_rounding_is_as_near_as_the_format_allows() -> None:
 
 def test_unrounded_scales_cannot_be_packed() -> None:
     values = np.array([[0.1, 0.2, 0.3123]], np.float32)
-    for scale_format in ("float16", "int8"):
+    formats: tuple[scales.ScaleFormat, ...] = ("float16", "int8")
+    for scale_format in formats:
         with pytest.raises(ValueError, match="round them first"):
-            scales.pack_scales(values, scale_format)  # type: ignore[arg-type]
+            scales.pack_scales(values, scale_format)
 
 
 def test_float16_overflow_and_unknown_formats_are_refused() -> None:
@@ -70,8 +72,8 @@ def test_onnxruntime_folds_stored_scales_at_load(scale_format: Any, tmp_path: Pa
         tensors["row"] = row_scales[:, None]
         nodes.append(helper.make_node("Mul", ["cast", "row"], ["s"]))
     inputs = ["a", "b", "cast" if row_scales is None else "s"]
-    attributes = {"K": 128, "N": 64, "bits": 4, "block_size": 32}
-    nodes.append(helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", **attributes))
+    node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", K=128, N=64, bits=4, block_size=32)
+    nodes.append(node)
     graph = helper.make_graph(
         nodes,
         "folded",
