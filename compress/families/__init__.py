@@ -36,9 +36,9 @@ def load_family(config: Mapping[str, Any]) -> Family:
         )
     family = cast(Family, importlib.import_module(f"{__name__}.{model_type}").FAMILY)
     architectures = config.get("architectures") or list(family.architectures[:1])
-    if not set(architectures) & set(family.architectures):
+    if not isinstance(architectures, list) or not any(name in family.architectures for name in architectures):
         raise UnsupportedModelError(
-            f"architecture {', '.join(map(str, architectures))} of {model_type!r} is not exported",
+            f"architecture {str(architectures)[:80]} of {model_type!r} is not exported",
             hint=f"supported: {', '.join(family.architectures)}",
         )
     return family

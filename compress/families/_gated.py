@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
-from compress.families._reading import check_shapes, dimension, expect, heads, rope_kind
+from compress.families._reading import check_shapes, dimension, expect, heads, layer_count, rope_kind, rope_settings
 
 # Rotary scalings whose cosine and sine tables do not depend on the length of the sequence at hand.
 STATIC_ROPE = ("default", "linear", "llama3")
@@ -29,12 +29,14 @@ class GatedDecoder:
         """Read the structure; see :class:`compress.contracts.Family`."""
         expect(config, "hidden_act", ("silu",), "silu")
         expect(config, "mlp_bias", (False,), False)
-        expect(config, "partial_rotary_factor", (1, 1.0, None), 1.0)
         expect({"rope_type": rope_kind(config)}, "rope_type", self.ropes, "default")
+        # transformers 5 writes it into the rotary parameters, older ones beside them.
+        for settings in (config, rope_settings(config)):
+            expect(settings, "partial_rotary_factor", (1, None), 1)
         hidden, vocab = dimension(config, "hidden_size"), dimension(config, "vocab_size")
         query, key_value, head = heads(config)
         tied = bool(config.get("tie_word_embeddings", False))
-        layers = dimension(config, "num_hidden_layers")
+        layers = layer_count(config, "num_hidden_layers")
         token = "model.embed_tokens.weight"
         linears = [linear for index in range(layers) for linear in self._block(config, index)]
         linears.append(
@@ -86,9 +88,12 @@ class GatedDecoder:
             ends = (sizes[0], sizes[0] + sizes[1], sum(sizes))
             qkv = tuple(Slice(f"{attention}.qkv_proj.weight", end - size, end) for size, end in zip(sizes, ends, strict=True))
             gate_up_names: tuple[str, ...] = (f"{mlp}.gate_up_proj.weight",)
+            gate_up: tuple[Slice, ...] = (Slice(gate_up_names[0], 0, 2 * ffn),)
         else:
-            qkv = tuple(Slice(f"{part}.weight") for part in parts)
+            # With their lengths: a longer q_proj and a shorter k_proj would add up as well.
+            qkv = tuple(Slice(f"{part}.weight", 0, size) for part, size in zip(parts, sizes, strict=True))
             gate_up_names = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+            gate_up = tuple(Slice(name, 0, ffn) for name in gate_up_names)
         biased = bool(config.get("attention_bias", False))
         qkv_biases = tuple(f"{part}.bias" for part in parts) if biased else ()
         output_bias = (f"{attention}.o_proj.bias",) if biased else ()
@@ -99,7 +104,7 @@ class GatedDecoder:
         return (
             linear(
                 f"{attention}.qkv_proj", "qkv", sum(sizes), hidden, qkv,
-                bias=tuple(map(Slice, qkv_biases)),
+                bias=tuple(Slice(name, 0, size) for name, size in zip(qkv_biases, sizes, strict=False)),
                 graph_weights=tuple(f"{part}.weight" for part in parts),
                 graph_biases=qkv_biases,
                 norm=(f"{block}.input_layernorm.weight",),
@@ -111,7 +116,7 @@ class GatedDecoder:
                 graph_biases=output_bias,
             ),
             linear(
-                f"{mlp}.gate_up_proj", "gate_up", 2 * ffn, hidden, tuple(map(Slice, gate_up_names)),
+                f"{mlp}.gate_up_proj", "gate_up", 2 * ffn, hidden, gate_up,
                 graph_weights=gate_up_names,
                 norm=(f"{block}.post_attention_layernorm.weight",),
             ),
@@ -129,7 +134,7 @@ def _rope_switch(config: Mapping[str, Any], positions: int) -> int | None:
     """
     if rope_kind(config) not in LONG_ROPE:
         return None
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = rope_settings(config)
     for key in ("attention_factor", "short_mscale", "long_mscale"):
         expect(scaling, key, (None,), None)
     original = dimension({**scaling, **config}, "original_max_position_embeddings", positions)

@@ -9,10 +9,13 @@ from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError, UnsupportedModelError
 
 _MAX_DIMENSION = 1 << 24
+_MAX_LAYERS = 1024
 
 
-def dimension(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a positive integer of the config.
+def dimension(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_DIMENSION
+) -> int:
+    """Return a positive integer of the config, ``most`` at the most.
 
     Raises:
         SourceError: It is missing, not an integer, or out of any plausible range.
@@ -20,11 +23,17 @@ def dimension(config: Mapping[str, Any], key: str, default: int | None = None) -
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_DIMENSION:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
         raise SourceError(
-            f"config.json: {key} is {value!r}, a positive integer was expected", hint="restore the model's config.json"
+            f"config.json: {key} is {value!r}, a positive integer up to {most} was expected",
+            hint="restore the model's config.json",
         )
     return value
+
+
+def layer_count(config: Mapping[str, Any], key: str) -> int:
+    """Return the number of blocks; a damaged config must not make a plan of millions of them."""
+    return dimension(config, key, most=_MAX_LAYERS)
 
 
 def expect(config: Mapping[str, Any], key: str, allowed: Iterable[Any], default: Any) -> None:
@@ -38,11 +47,21 @@ def expect(config: Mapping[str, Any], key: str, allowed: Iterable[Any], default:
         )
 
 
+def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rotary embedding's settings; transformers 4 says ``rope_scaling``, 5 ``rope_parameters``.
+
+    Raises:
+        SourceError: They are not an object.
+    """
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        raise SourceError("config.json: rope_scaling is not an object", hint="restore the model's config.json")
+    return settings
+
+
 def rope_kind(config: Mapping[str, Any]) -> str:
-    """Return the rotary embedding's scaling type; transformers 4 says ``rope_scaling``, 5 ``rope_parameters``."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise SourceError("config.json: rope_scaling is not an object")
+    """Return the rotary embedding's scaling type."""
+    scaling = rope_settings(config)
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
@@ -107,7 +126,8 @@ def _check_stack(linear: Linear, pieces: tuple[Slice, ...], tensors: Mapping[str
             raise _disagree(piece.tensor, info.shape, f"{last} rows")
         rows += stop - piece.start
     if rows != linear.out_features:
-        raise _disagree(linear.name, (rows,), f"{linear.out_features} rows")
+        where = pieces[0].tensor if len(pieces) == 1 else linear.name
+        raise _disagree(where, (rows,), f"{linear.out_features} rows")
 
 
 def _check_one(

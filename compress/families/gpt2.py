@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.contracts import Decoder, Linear, Role, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
-from compress.families._reading import check_shapes, dimension, expect
+from compress.families._reading import check_shapes, dimension, expect, layer_count
 
 
 class Gpt2:
@@ -24,7 +24,7 @@ class Gpt2:
         expect(config, "add_cross_attention", (False,), False)
         expect(config, "tie_word_embeddings", (True,), True)
         hidden, vocab = dimension(config, "n_embd"), dimension(config, "vocab_size")
-        heads, layers = dimension(config, "n_head"), dimension(config, "n_layer")
+        heads, layers = dimension(config, "n_head"), layer_count(config, "n_layer")
         if hidden % heads:
             raise SourceError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}")
         positions = dimension(config, "n_positions", 1024)

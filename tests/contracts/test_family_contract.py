@@ -1,0 +1,197 @@
+"""Every family passes the same checks, found by its file; a new one adds a tiny model to ``conftest.py`` alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.contracts import Decoder, Slice, TensorInfo
+from compress.errors import CompressError, SourceError, UnsupportedModelError
+from compress.families import available_families, load_family
+from compress.source import open_checkpoint
+from conftest import FAMILIES
+
+
+def model_type_of(directory: Path) -> str:
+    return str(json.loads((directory / "config.json").read_text())["model_type"])
+
+
+@pytest.fixture(params=FAMILIES)
+def model(
+    request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, TensorInfo]]]:
+    with open_checkpoint(str(tiny_model(request.param))) as checkpoint:
+        yield checkpoint.config, checkpoint.tensors()
+
+
+def describe(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> Decoder:
+    return load_family(model[0]).describe(*model)
+
+
+def slices(decoder: Decoder) -> list[Slice]:
+    found = [piece for linear in decoder.linears for piece in linear.bias]
+    for linear in decoder.linears:
+        if not (linear.role == "head" and decoder.tied):
+            found += linear.weight
+    return [*found, *(table.source for table in decoder.tables), *(vector.source for vector in decoder.vectors)]
+
+
+@pytest.mark.parametrize("name", available_families())
+def test_a_family_is_named_as_its_file(name: str) -> None:
+    family = importlib.import_module(f"compress.families.{name}").FAMILY
+    assert family.model_type == name
+    assert family.architectures
+    assert load_family({"model_type": name}) is family
+
+
+def test_every_family_has_a_tiny_model(tiny_model: Callable[[str], Path]) -> None:
+    assert {model_type_of(tiny_model(name)) for name in FAMILIES} == set(available_families())
+
+
+def test_sizes_agree_with_transformers(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    from transformers import AutoConfig
+
+    decoder = describe(model)
+    config = AutoConfig.for_model(**model[0])
+    assert decoder.model_type == config.model_type
+    assert decoder.layers == config.num_hidden_layers
+    assert decoder.hidden_size == config.hidden_size
+    assert decoder.heads == config.num_attention_heads
+    assert decoder.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert decoder.head_dim == head_dim
+    assert decoder.vocab_size == config.vocab_size
+    assert decoder.context_length == config.max_position_embeddings
+    assert decoder.tied == config.tie_word_embeddings
+
+
+def test_every_element_of_the_checkpoint_is_used_once(
+    model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]],
+) -> None:
+    tensors = model[1]
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for piece in slices(describe(model)):
+        shape = tensors[piece.tensor].shape
+        length = shape[-1] if piece.transposed else shape[0]
+        rows[piece.tensor].append((piece.start, length if piece.stop is None else piece.stop))
+    assert set(rows) == set(tensors)
+    for name, parts in rows.items():
+        parts.sort()
+        shape = tensors[name].shape
+        assert parts[0][0] == 0 and parts[-1][1] in (shape[0], shape[-1]), name
+        assert all(first[1] == second[0] for first, second in zip(parts, parts[1:], strict=False)), name
+
+
+def test_names_are_unique_and_roles_make_sense(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    decoder = describe(model)
+    names = [item.name for item in (*decoder.linears, *decoder.tables)]
+    assert len(set(names)) == len(names)
+    assert [linear.role for linear in decoder.linears].count("head") == 1
+    assert [table.role for table in decoder.tables].count("token") == 1
+    vectors = {vector.graph_name for vector in decoder.vectors}
+    for linear in decoder.linears:
+        assert (linear.layer is None) == (linear.role == "head")
+        assert set(linear.norm) <= vectors, "a norm in front of a linear is one of the model's"
+        assert bool(linear.bias) == bool(linear.graph_biases)
+    for layer in range(decoder.layers):
+        roles = [linear.role for linear in decoder.linears if linear.layer == layer]
+        assert roles in (["qkv", "attention_output", "gate_up", "down"], ["qkv", "attention_output", "up", "down"])
+
+
+def test_a_missing_tensor_is_named(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    config, tensors = model
+    family = load_family(config)
+    # GPT-2 tells its two spellings apart by this one; without it, others are missed first.
+    for name in sorted(set(tensors) - {"transformer.wte.weight"}):
+        with pytest.raises(SourceError, match="lacks a tensor") as caught:
+            family.describe(config, {key: info for key, info in tensors.items() if key != name})
+        assert caught.value.where == name
+
+
+def test_a_tensor_of_another_shape_is_named(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    config, tensors = model
+    family = load_family(config)
+    for name, info in tensors.items():
+        for shape in ((info.shape[0] + 1, *info.shape[1:]), (*info.shape[:-1], info.shape[-1] - 1), (*info.shape, 1)):
+            with pytest.raises(SourceError, match="disagree") as caught:
+                family.describe(config, {**tensors, name: replace(info, shape=shape)})
+            assert name in (caught.value.where or "") or "proj" in (caught.value.where or "")
+
+
+def test_config_alone_is_enough(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    config, _ = model
+    assert load_family(config).describe(config, {}) == describe(model)
+
+
+def test_hostile_configs_are_refused_in_words(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    config, tensors = model
+    family = load_family(config)
+    sizes = [key for key in config if key.startswith(("num_", "n_", "hidden_s", "vocab", "intermediate"))]
+    assert len(sizes) >= 5
+    for key in sizes:
+        if config[key] is None:
+            continue
+        for value in (0, -1, 1.5, "64", True, 1 << 40, [], {}, float("nan")):
+            with pytest.raises(CompressError, match=key):
+                family.describe({**config, key: value}, tensors)
+    for key in ("num_hidden_layers", "n_layer"):
+        if key in config:
+            with pytest.raises(SourceError, match="up to 1024"):
+                family.describe({**config, key: 1 << 20}, {})
+
+
+def test_what_has_no_implementation_is_refused(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:
+    config, tensors = model
+    family = load_family(config)
+    changes: list[dict[str, Any]] = (
+        [{"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}, {"tie_word_embeddings": False}]
+        if config["model_type"] == "gpt2"
+        else [
+            {"hidden_act": "gelu"},
+            {"rope_parameters": {**(config.get("rope_parameters") or {}), "rope_type": "dynamic"}},
+            {"rope_parameters": {**(config.get("rope_parameters") or {}), "partial_rotary_factor": 0.5}},
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            {"partial_rotary_factor": 0.5},
+            {"mlp_bias": True},
+        ]
+    )
+    for change in changes:
+        with pytest.raises(UnsupportedModelError, match="is not supported") as caught:
+            family.describe({**config, **change}, tensors)
+        assert caught.value.hint and "supported" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "what", "hint"),
+    [
+        ({}, "names no model_type", "transformers"),
+        ({"model_type": 5}, "names no model_type", "transformers"),
+        ({"model_type": "lama"}, "no family exports model_type 'lama'", "did you mean llama"),
+        ({"model_type": "_gated"}, "no family exports", "supported: gpt2, llama, mistral, phi3"),
+        ({"model_type": "../llama"}, "no family exports", "supported"),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "is not exported", "LlamaForCausalLM"),
+        ({"model_type": "llama", "architectures": 5}, "is not exported", "LlamaForCausalLM"),
+        ({"model_type": "llama", "architectures": [["x"]]}, "is not exported", "LlamaForCausalLM"),
+    ],
+)  # fmt: skip
+def test_unknown_models_list_what_is_supported(config: dict[str, Any], what: str, hint: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=what) as caught:
+        load_family(config)
+    assert hint in (caught.value.hint or "")
+
+
+def test_gpt2_of_the_hub_has_no_prefix(tiny_model: Callable[[str], Path]) -> None:
+    with open_checkpoint(str(tiny_model("gpt2"))) as checkpoint:
+        saved = checkpoint.tensors()
+        hub = {name.removeprefix("transformer."): info for name, info in saved.items()}
+        decoder = load_family(checkpoint.config).describe(checkpoint.config, hub)
+        expected = load_family(checkpoint.config).describe(checkpoint.config, saved)
+    assert {piece.tensor for piece in slices(decoder)} == set(hub)
+    assert [linear.name for linear in decoder.linears] == [linear.name for linear in expected.linears]
