@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -350,7 +351,13 @@ def inspect(artifact: Path, as_json: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    # A stopped container or a timeout cleans up behind itself as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(arguments))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -371,10 +378,11 @@ def run(arguments: list[str] | None = None) -> int:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "compress"
         return _fail(f"{error.format_message()}\n  try: {command} --help", EXIT_USAGE)
-    except BrokenPipeError:
-        # The reader of a pipe went away (`compress models | head`): nothing to complain about.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        # click's answer to a reader that went away (`compress models | head`): nothing to complain about.
+        if isinstance(sys.stdout, click.utils.PacifyFlushWrapper):
+            return EXIT_OK
+        raise
     except CompressError as error:
         if debug:
             traceback.print_exc()
@@ -388,7 +396,10 @@ def run(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
             return EXIT_FAILED
-        return _fail(f"unexpected {type(error).__name__}: {error}\n  try: the same with --debug, and report it", EXIT_FAILED)
+        first = (str(error).splitlines() or [""])[0]
+        return _fail(
+            f"unexpected {type(error).__name__}: {first}\n  try: the same with --debug, and report it", EXIT_FAILED
+        )
 
 
 def _fail(message: str, code: int) -> int:

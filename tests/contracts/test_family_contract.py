@@ -176,7 +176,7 @@ def test_what_has_no_implementation_is_refused(model: tuple[Mapping[str, Any], M
         ({"model_type": "lama"}, "no family exports model_type 'lama'", "did you mean llama"),
         ({"model_type": "_gated"}, "no family exports", "supported: gpt2, llama, mistral, phi3"),
         ({"model_type": "../llama"}, "no family exports", "supported"),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "is not exported", "LlamaForCausalLM"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "is not exported", "LlamaForCausalLM"),
         ({"model_type": "llama", "architectures": 5}, "is not exported", "LlamaForCausalLM"),
         ({"model_type": "llama", "architectures": [["x"]]}, "is not exported", "LlamaForCausalLM"),
     ],
