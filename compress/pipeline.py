@@ -24,6 +24,7 @@ from compress.profile import Profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
+from compress.validate import text
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 _TARGETS = {"genai"}
@@ -90,6 +91,8 @@ def export(
     """
     staging.check_output(output)
     _check_targets(profile)
+    if options.validate and options.eval_text is not None:
+        text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     with model.open() as checkpoint:
         with stages.stage("plan"):
             require_tokenizer(checkpoint)
