@@ -15,7 +15,7 @@ from typing import Any
 
 from compress import catalog, resources, weights
 from compress.contracts import Checkpoint, Decoder
-from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, UsageError
+from compress.errors import EXIT_OK, UsageError
 from compress.families import load_family
 from compress.package import genai, manifest, staging
 from compress.package.writer import DataFile, require_space
@@ -121,9 +121,7 @@ def export(
     return ExportResult(output, record, report, code)
 
 
-def build(
-    checkpoint: Checkpoint, plan: Plan, profile: Profile, directory: Path, threads: int, stages: Stages
-) -> None:
+def build(checkpoint: Checkpoint, plan: Plan, profile: Profile, directory: Path, threads: int, stages: Stages) -> None:
     """Build graph, weights and package files into an existing directory; no validation, no manifest."""
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.graph.decoder import build_decoder, serialize

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Literal
 
 from compress.contracts import Checkpoint, Decoder, Linear, Role, ScaleFormat, Scheme, Slice, Table, TensorInfo
+from compress.errors import UsageError
 from compress.profile import Profile
 from compress.providers import load as load_provider
-from compress.errors import UsageError
 from compress.quantize.packing import table_bytes, weight_bytes, zero_point_bytes
 from compress.quantize.scheme import BLOCK_SIZES, validate_scheme
 
@@ -146,7 +146,15 @@ def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Pla
         # The skeleton computes the rotary tables; here they only need a place.
         for name in ("cos_cache", "sin_cache"):
             fates.append(
-                Fate(name, "vector", None, *decoder.rope_shape, None, (), layout.place((name, "float32", decoder.rope_shape)))
+                Fate(
+                    name,
+                    "vector",
+                    None,
+                    *decoder.rope_shape,
+                    None,
+                    (),
+                    layout.place((name, "float32", decoder.rope_shape)),
+                )
             )
     return Plan(
         model_type=decoder.model_type,
@@ -202,13 +210,23 @@ def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layou
             raise UsageError(
                 f"a tied table of {table.columns} columns cannot be stored once in blocks of {scheme.block_size}",
                 where=f"profile {profile.name}, role embedding",
-                hint=f"--set quantize.roles.embedding.block_size={fitting[-1]}" if fitting
+                hint=f"--set quantize.roles.embedding.block_size={fitting[-1]}"
+                if fitting
                 else "--set quantize.roles.embedding.bits=32",
             )
         stored = layout.place(*_quantized(table.name, table.rows, table.columns, scheme, profile, table_bytes))
     norm = head.norm if tied and head is not None else ()
     return Fate(
-        table.name, "table", "embedding", table.rows, table.columns, scheme, (table.source,), stored, norm=norm, tied=tied
+        table.name,
+        "table",
+        "embedding",
+        table.rows,
+        table.columns,
+        scheme,
+        (table.source,),
+        stored,
+        norm=norm,
+        tied=tied,
     )
 
 
@@ -217,9 +235,19 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
         # [K, N]: what MatMul reads without a transposed copy at load time.
         stored = layout.place((f"{linear.name}.weight", "float32", (linear.in_features, linear.out_features)))
     else:
-        stored = layout.place(*_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes))
+        stored = layout.place(
+            *_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)
+        )
     return Fate(
-        linear.name, "matmul", linear.role, linear.out_features, linear.in_features, scheme, linear.weight, stored, linear.norm
+        linear.name,
+        "matmul",
+        linear.role,
+        linear.out_features,
+        linear.in_features,
+        scheme,
+        linear.weight,
+        stored,
+        linear.norm,
     )
 
 
@@ -253,5 +281,9 @@ def _source_bytes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> int:
     if tensors:
         return sum(tensors[name].nbytes for name in names)
     count = sum(table.rows * table.columns for table in decoder.tables) + sum(vector.size for vector in decoder.vectors)
-    count += sum(item.out_features * (item.in_features + bool(item.bias)) for item in decoder.linears if not (item.role == "head" and decoder.tied))
+    count += sum(
+        item.out_features * (item.in_features + bool(item.bias))
+        for item in decoder.linears
+        if not (item.role == "head" and decoder.tied)
+    )
     return 2 * count

@@ -1,8 +1,8 @@
 """What a run will take: peak memory of every stage, predicted from sizes alone and held against ``--max-memory``.
 
 Constants are the resident set of a process that has only imported its libraries, measured on Linux x86-64 with the
-versions pinned in pyproject.toml; the rest follows from the buffers that the code holds. Predictions are for the largest
-single process: stages run one after another, workers end before the next one starts.
+versions pinned in pyproject.toml; the rest follows from the buffers that the code holds. Predictions are for the
+largest single process: stages run one after another, workers end before the next one starts.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
     # The skeleton's rotary tables exist as arrays, as protobuf fields and as the serialized file at once.
     rope_bytes = 2 * _FLOAT * rope[0] * rope[1] if rope is not None else 0
     weights = _MAIN + 2 * rope_bytes + threads * max(_task_bytes(fate) for fate in plan.fates)
-    return Prediction(
-        graph=_SKELETON + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile)
-    )
+    return Prediction(graph=_SKELETON + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile))
 
 
 def _task_bytes(fate: Fate) -> int:

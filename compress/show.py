@@ -94,7 +94,8 @@ def models_text(entries: Iterable[CatalogEntry]) -> str:
     lines = [f"{'name':<20}{'parameters':>11}  {'licence':<12}{'task':<22}{'support':<11}hub id"]
     for entry in entries:
         lines.append(
-            f"{entry.name:<20}{_millions(entry.parameters):>11}  {entry.licence:<12}{entry.task:<22}{entry.support:<11}{entry.hub}"
+            f"{entry.name:<20}{_millions(entry.parameters):>11}  {entry.licence:<12}{entry.task:<22}{entry.support:<11}"
+            f"{entry.hub}"
         )
         if entry.aliases:
             lines.append(f"{'':<20}also: {', '.join(entry.aliases)}")

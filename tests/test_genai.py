@@ -39,7 +39,8 @@ def prompt_of(seed: int) -> list[int]:
 def telling(decoder: PlainDecoder, count: int = 4) -> list[tuple[list[int], list[int]]]:
     """Return the first prompts whose greedy tokens could tell a difference, each with its tokens.
 
-    They do not end early, each says a token that the others did not, and no choice between two logits is a matter of rounding.
+    They do not end early, each says a token that the others did not, and no
+    choice between two logits is a matter of rounding.
     """
     found: list[tuple[list[int], list[int]]] = []
     for seed in range(100):

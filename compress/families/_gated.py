@@ -86,7 +86,9 @@ class GatedDecoder:
         parts = tuple(f"{attention}.{part}_proj" for part in "qkv")
         if self.packed:
             ends = (sizes[0], sizes[0] + sizes[1], sum(sizes))
-            qkv = tuple(Slice(f"{attention}.qkv_proj.weight", end - size, end) for size, end in zip(sizes, ends, strict=True))
+            qkv = tuple(
+                Slice(f"{attention}.qkv_proj.weight", end - size, end) for size, end in zip(sizes, ends, strict=True)
+            )
             gate_up_names: tuple[str, ...] = (f"{mlp}.gate_up_proj.weight",)
             gate_up: tuple[Slice, ...] = (Slice(gate_up_names[0], 0, 2 * ffn),)
         else:
@@ -103,25 +105,41 @@ class GatedDecoder:
 
         return (
             linear(
-                f"{attention}.qkv_proj", "qkv", sum(sizes), hidden, qkv,
+                f"{attention}.qkv_proj",
+                "qkv",
+                sum(sizes),
+                hidden,
+                qkv,
                 bias=tuple(Slice(name, 0, size) for name, size in zip(qkv_biases, sizes, strict=False)),
                 graph_weights=tuple(f"{part}.weight" for part in parts),
                 graph_biases=qkv_biases,
                 norm=(f"{block}.input_layernorm.weight",),
             ),
             linear(
-                f"{attention}.o_proj", "attention_output", hidden, query * head, (Slice(f"{attention}.o_proj.weight"),),
+                f"{attention}.o_proj",
+                "attention_output",
+                hidden,
+                query * head,
+                (Slice(f"{attention}.o_proj.weight"),),
                 bias=tuple(map(Slice, output_bias)),
                 graph_weights=(f"{attention}.o_proj.weight",),
                 graph_biases=output_bias,
             ),
             linear(
-                f"{mlp}.gate_up_proj", "gate_up", 2 * ffn, hidden, gate_up,
+                f"{mlp}.gate_up_proj",
+                "gate_up",
+                2 * ffn,
+                hidden,
+                gate_up,
                 graph_weights=gate_up_names,
                 norm=(f"{block}.post_attention_layernorm.weight",),
             ),
             linear(
-                f"{mlp}.down_proj", "down", hidden, ffn, (Slice(f"{mlp}.down_proj.weight"),),
+                f"{mlp}.down_proj",
+                "down",
+                hidden,
+                ffn,
+                (Slice(f"{mlp}.down_proj.weight"),),
                 graph_weights=(f"{mlp}.down_proj.weight",),
             ),
         )

@@ -12,9 +12,7 @@ _MAX_DIMENSION = 1 << 24
 _MAX_LAYERS = 1024
 
 
-def dimension(
-    config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_DIMENSION
-) -> int:
+def dimension(config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_DIMENSION) -> int:
     """Return a positive integer of the config, ``most`` at the most.
 
     Raises:
@@ -110,7 +108,9 @@ def _lookup(piece: Slice, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     return info
 
 
-def _check_stack(linear: Linear, pieces: tuple[Slice, ...], tensors: Mapping[str, TensorInfo], columns: int | None) -> None:
+def _check_stack(
+    linear: Linear, pieces: tuple[Slice, ...], tensors: Mapping[str, TensorInfo], columns: int | None
+) -> None:
     rows = 0
     for piece in pieces:
         info = _lookup(piece, tensors)
@@ -130,9 +130,7 @@ def _check_stack(linear: Linear, pieces: tuple[Slice, ...], tensors: Mapping[str
         raise _disagree(where, (rows,), f"{linear.out_features} rows")
 
 
-def _check_one(
-    piece: Slice, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], item: Table | Vector
-) -> None:
+def _check_one(piece: Slice, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], item: Table | Vector) -> None:
     info = _lookup(piece, tensors)
     if info.shape != shape:
         raise _disagree(piece.tensor, info.shape, str(list(shape)))

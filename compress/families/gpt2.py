@@ -42,7 +42,12 @@ class Gpt2:
                 norm=("transformer.ln_f.weight", "transformer.ln_f.bias"),
             )
         )
-        norms = [f"h.{index}.{norm}.{kind}" for index in range(layers) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
+        norms = [
+            f"h.{index}.{norm}.{kind}"
+            for index in range(layers)
+            for norm in ("ln_1", "ln_2")
+            for kind in ("weight", "bias")
+        ]
         decoder = Decoder(
             model_type=self.model_type,
             layers=layers,
@@ -55,11 +60,19 @@ class Gpt2:
             tied=True,
             tables=(
                 Table("transformer.wte", vocab, hidden, Slice(f"{prefix}wte.weight"), "transformer.wte.weight"),
-                Table("transformer.wpe", positions, hidden, Slice(f"{prefix}wpe.weight"), "transformer.wpe.weight", "position"),
+                Table(
+                    "transformer.wpe",
+                    positions,
+                    hidden,
+                    Slice(f"{prefix}wpe.weight"),
+                    "transformer.wpe.weight",
+                    "position",
+                ),
             ),
             linears=tuple(linears),
             vectors=tuple(
-                Vector(f"transformer.{name}", Slice(f"{prefix}{name}"), hidden) for name in [*norms, "ln_f.weight", "ln_f.bias"]
+                Vector(f"transformer.{name}", Slice(f"{prefix}{name}"), hidden)
+                for name in [*norms, "ln_f.weight", "ln_f.bias"]
             ),
             # onnxruntime-genai's own "gpt2" type wants one combined past tensor; "decoder" is its generic type.
             genai_type="decoder",
@@ -92,7 +105,9 @@ def _block(config: Mapping[str, Any], prefix: str, index: int) -> tuple[Linear, 
 
     first, second = (tuple(f"{graph}.{norm}.{kind}" for kind in ("weight", "bias")) for norm in ("ln_1", "ln_2"))
     return (
-        linear("attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv"), first),
+        linear(
+            "attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv"), first
+        ),
         linear("attn.o_proj", "attention_output", hidden, hidden, "attn.c_proj", ("attn.o_proj",)),
         linear("mlp.up_proj", "up", inner, hidden, "mlp.c_fc", ("mlp.up_proj",), second),
         linear("mlp.down_proj", "down", hidden, inner, "mlp.c_proj", ("mlp.down_proj",)),

@@ -113,7 +113,8 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
     ]
     if short or unplaced:
         raise CompressError(
-            "the graph is not what the plan expects: " + ", ".join(short + [f"{name} has no value" for name in unplaced]),
+            "the graph is not what the plan expects: "
+            + ", ".join(short + [f"{name} has no value" for name in unplaced]),
             hint="mobius-onnx may have changed: install the version that pyproject.toml pins, or report the model",
         )
 

@@ -1,7 +1,8 @@
 """How large the graph file will be, before there is a graph: exact for the tensors, fitted for the nodes.
 
-Tensor entries (names, shapes, offsets as decimal strings) are serialized as the writer will and counted. Node bytes were
-measured on the graphs themselves: so much for the boundary, so much a block, so much for each scale that needs a Cast.
+Tensor entries (names, shapes, offsets as decimal strings) are serialized as the writer will and counted. Node bytes
+were measured on the graphs themselves: so much for the boundary, so much a block, so much for each scale that needs a
+Cast.
 ``tests/test_plan.py`` holds the sum to 1 % of what comes out.
 """
 
@@ -52,7 +53,12 @@ def _node_extra(fate: Fate, *, biased: bool) -> int:
 def _entry_bytes(stored: StoredTensor) -> int:
     import onnx
 
-    types = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8}
+    types = {
+        "float32": onnx.TensorProto.FLOAT,
+        "float16": onnx.TensorProto.FLOAT16,
+        "int8": onnx.TensorProto.INT8,
+        "uint8": onnx.TensorProto.UINT8,
+    }
     entry = onnx.TensorProto(name=stored.name, dims=stored.shape, data_type=types[stored.dtype])
     if stored.offset is None:
         entry.raw_data = bytes(stored.nbytes)

@@ -4,8 +4,8 @@ mobius, torch and transformers take some 400 MB just to be imported; in another 
 weight is read, and the memory promise holds.
 
 Called as ``python -m compress.graph.skeleton CONFIG_DIRECTORY OUTPUT.onnx``. Weights come out as references to external
-data that does not exist: names, types and shapes only. Tables that the skeleton computes itself (rotary cosine and sine)
-come out with their values.
+data that does not exist: names, types and shapes only. Tables that the skeleton computes itself (rotary cosine and
+sine) come out with their values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping
     """
     command = [sys.executable, "-m", "compress.graph.skeleton", str(config_directory.resolve()), str(output.resolve())]
     # Offline, or a local directory is looked up on the hub first, for minutes. One thread: nothing here is parallel.
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     try:
         done = subprocess.run(
             command,

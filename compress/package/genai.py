@@ -43,7 +43,7 @@ def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: 
         "context_length": decoder.context_length,
         "bos_token_id": special["bos_token_id"] if special["bos_token_id"] is not None else first_eos,
         "eos_token_id": eos,
-        # Padding is only looked at in batches; a model without such a token pads with its end token, as transformers does.
+        # Padding is only looked at in batches; without such a token the end token pads, as in transformers.
         "pad_token_id": special["pad_token_id"] if special["pad_token_id"] is not None else first_eos,
         "decoder": {
             "filename": "model.onnx",
@@ -58,7 +58,11 @@ def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: 
                 "past_key_names": "past_key_values.%d.key",
                 "past_value_names": "past_key_values.%d.value",
             },
-            "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
         },
     }
     search = {

@@ -44,7 +44,12 @@ def tool_versions() -> dict[str, str]:
 
 
 def build_manifest(
-    checkpoint: Checkpoint, profile: Profile, *, seed: int, files: Iterable[SourceFile], adapter: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    profile: Profile,
+    *,
+    seed: int,
+    files: Iterable[SourceFile],
+    adapter: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the manifest without the artifact's own files; see :func:`write_manifest`."""
     source: dict[str, Any] = {
@@ -85,7 +90,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / NAME
     if not path.is_file():
-        raise CompressError("not an artifact: it has no manifest.json", where=str(directory), hint="compress export makes one")
+        raise CompressError(
+            "not an artifact: it has no manifest.json", where=str(directory), hint="compress export makes one"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

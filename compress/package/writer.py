@@ -1,7 +1,7 @@
 """The data file: space is claimed first, then every tensor is written at the offset that the plan gave it.
 
-Because offsets are known before work starts, row chunks may be finished in any order by any thread and the bytes are the
-same. The space is allocated up front, so a full disk is found out before hours of work, not after.
+Because offsets are known before work starts, row chunks may be finished in any order by any thread and the bytes are
+the same. The space is allocated up front, so a full disk is found out before hours of work, not after.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class DataFile:
     def __enter__(self) -> DataFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(sync=kind is None)
 
 

@@ -104,7 +104,12 @@ def node(
     """Insert a node before another one; attributes are integers, floats, strings or lists of them."""
     outputs = list(outputs)
     made = ir.node(
-        op_type, inputs=list(inputs), outputs=outputs, domain=domain, attributes=attributes, name=f"{outputs[0].name}/{op_type}"
+        op_type,
+        inputs=list(inputs),
+        outputs=outputs,
+        domain=domain,
+        attributes=attributes,
+        name=f"{outputs[0].name}/{op_type}",
     )
     graph.insert_before(before, made)
     return made

@@ -1,10 +1,11 @@
 """The head only where it is wanted: generation reads the last position's logits, never the rest.
 
 Before: ``logits = head(hidden)``.
-After:  ``logits = head(Slice(hidden, starts=-logits_to_keep, axis=sequence))`` where ``logits_to_keep`` (int64, shape [1])
-is an *optional* graph input: an initializer of the same name holds its default. 0 keeps every position, k the last k -
-the meaning the argument has in transformers. About a fifth of a small model's prefill is the head of positions that
-nobody reads.
+After:  ``logits = head(Slice(hidden, starts=-logits_to_keep, axis=sequence))``
+
+``logits_to_keep`` (int64, shape [1]) is an *optional* graph input: an initializer of the same name holds its default.
+0 keeps every position, k the last k - the meaning the argument has in transformers. About a fifth of a small model's
+prefill is the head of positions that nobody reads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def apply(graph: ir.Graph, default: int) -> int:
     keep = _constant(NAME, [default])
     graph.register_initializer(keep)
     graph.inputs.append(keep)
-    constants = [_constant(f"{NAME}/{name}", value) for name, value in (("ends", [np.iinfo(np.int64).max]), ("axes", [_SEQUENCE_AXIS]))]
+    constants = [
+        _constant(f"{NAME}/{name}", value)
+        for name, value in (("ends", [np.iinfo(np.int64).max]), ("axes", [_SEQUENCE_AXIS]))
+    ]
     for value in constants:
         graph.register_initializer(value)
     start, kept = ir.Value(name=f"{NAME}/start"), ir.Value(name=f"{NAME}/hidden")

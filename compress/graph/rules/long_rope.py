@@ -1,7 +1,8 @@
 """LongRoPE: sequences beyond the original context read the second half of the rotary tables.
 
-Before: ``GroupQueryAttention(..., cos_cache, sin_cache)``, tables ``[short factors; long factors]`` one below the other.
-        The fused node indexes them with plain positions, so the long factors would never be read from their first row.
+Before: ``GroupQueryAttention(..., cos_cache, sin_cache)``, tables ``[short factors; long factors]`` one below the
+        other. The fused node indexes them with plain positions, so the long factors would never be read from their
+        first row.
 After:  the same node with ``position_ids = position + (total_sequence_length > switch) * switch``.
 
 A position is counted from each row's own length (``attention_mask`` summed), so right-padded batches stay right. The
@@ -36,7 +37,9 @@ def apply(graph: ir.Graph, switch: int) -> int:
 
 
 def _positions(graph: ir.Graph, before: ir.Node, switch: int) -> ir.Value:
-    ids, mask = (next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask"))
+    ids, mask = (
+        next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask")
+    )
 
     def constant(name: str, value: int | list[int]) -> ir.Value:
         array = np.asarray(value, dtype=np.int64)

@@ -27,7 +27,9 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> dict[str, FloatArray
         array = np.ascontiguousarray(old.const_value.numpy(), dtype=np.float32)
         stored = plan.by_name[planned].stored[0]
         if array.shape != stored.shape:
-            raise CompressError(f"the rotary table is {list(array.shape)}, planned was {list(stored.shape)}", where=planned)
+            raise CompressError(
+                f"the rotary table is {list(array.shape)}, planned was {list(stored.shape)}", where=planned
+            )
         values[planned] = array
         weights.replace(old, weights.value(stored))
     return values

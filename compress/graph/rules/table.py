@@ -1,4 +1,7 @@
-"""Embedding tables: ``Gather(weight, ids)`` -> ``com.microsoft.GatherBlockQuantized(codes, ids, scales, zero_points?)``.
+"""Embedding tables: looked up in their quantized form.
+
+Before: ``Gather(weight, ids)``.
+After:  ``com.microsoft.GatherBlockQuantized(codes, ids, scales, zero_points?)``.
 
 A tied table's codes are stored once: here they are read as [V, bytes], by the head as [V, blocks, bytes a block].
 A table that stays float32 keeps its Gather.
@@ -20,7 +23,9 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
         old = weights.skeleton(table.graph_name)
         gather = next((user for user, _ in old.uses() if user.op_type == "Gather"), None) if old is not None else None
         if old is None or gather is None:
-            raise CompressError("the graph skeleton lacks an embedding that the family describes", where=table.graph_name)
+            raise CompressError(
+                "the graph skeleton lacks an embedding that the family describes", where=table.graph_name
+            )
         if fate.scheme is None:
             gather.replace_input_with(0, weights.value(fate.stored[0]))
             forget(graph, old)
