@@ -10,7 +10,7 @@ import pytest
 from compress import pipeline
 from compress.profile import load_profile
 from compress.progress import Stages
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 
 FILES = ("model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import FAMILIES, VOCABULARY
 from plain_decoder import PlainDecoder
+from tiny_models import FAMILIES, VOCABULARY
 
 genai = pytest.importorskip("onnxruntime_genai")
 

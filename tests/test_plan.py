@@ -14,7 +14,7 @@ from compress.errors import CompressError, UsageError
 from compress.plan import INLINE_LIMIT, Plan, make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 
 #: A tied table must divide into its blocks: two of the tiny models need 64 there.
 NARROW_TABLE = "quantize.roles.embedding.block_size=64"

@@ -20,7 +20,7 @@ from compress.profile import load_profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 
 VARIANTS = {
     "float": ("float",),

@@ -1,4 +1,4 @@
-"""Every family passes the same checks, found by its file; a new one adds a tiny model to ``conftest.py`` alone."""
+"""Every family passes the same checks, found by its file; a new one adds a tiny model to ``tiny_models.py`` alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compress.contracts import Decoder, Slice, TensorInfo
 from compress.errors import CompressError, SourceError, UnsupportedModelError
 from compress.families import available_families, load_family
 from compress.source import open_checkpoint
-from conftest import FAMILIES
+from tiny_models import FAMILIES
 
 
 def model_type_of(directory: Path) -> str:

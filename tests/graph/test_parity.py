@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import FAMILIES, LONG_ROPE_SWITCH, SLIDING_WINDOW, VOCABULARY
 from plain_decoder import PlainDecoder
+from tiny_models import FAMILIES, LONG_ROPE_SWITCH, SLIDING_WINDOW, VOCABULARY
 
 TOLERANCE = 1e-4
 PROMPT, SHORT, STEPS = 30, 21, 8

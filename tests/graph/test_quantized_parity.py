@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import VOCABULARY
 from plain_decoder import PlainDecoder
+from tiny_models import VOCABULARY
 
 TOLERANCE = 2e-4
 EXACT = "quantize.accuracy_level=0"

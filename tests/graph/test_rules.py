@@ -20,7 +20,7 @@ from compress.plan import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.quantize import load_quantizer
 from compress.source import open_checkpoint
-from conftest import FAMILIES, LONG_ROPE_SWITCH, Skeletons
+from tiny_models import FAMILIES, LONG_ROPE_SWITCH, Skeletons
 
 LAYERS, HEAD = 3, 1
 

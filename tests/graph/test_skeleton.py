@@ -13,7 +13,7 @@ import pytest
 from compress.errors import WorkerError
 from compress.families import available_families
 from compress.graph.skeleton import build_skeleton
-from conftest import Skeletons
+from tiny_models import Skeletons
 
 
 @pytest.mark.parametrize("family", available_families())
