@@ -121,7 +121,6 @@ class Linear:
         bias: Where the bias comes from, in order; empty without one.
         graph_weights: The skeleton's initializers that the stacked weight replaces, in order.
         graph_biases: The same for the bias.
-        norm: The norm vectors (weight, and bias if it has one) that produce its input, if any.
     """
 
     name: str
@@ -133,7 +132,6 @@ class Linear:
     bias: tuple[Slice, ...] = ()
     graph_weights: tuple[str, ...] = ()
     graph_biases: tuple[str, ...] = ()
-    norm: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,6 +180,26 @@ class Decoder:
     rope_switch: int | None = None
 
 
+class Runner(Protocol):
+    """What a forward pass asks for; weights are streamed behind it. T tokens, K inputs, N outputs, C channels."""
+
+    def rows(self, table: str, indices: npt.NDArray[np.int64]) -> FloatArray:
+        """Return rows ``[T, C]`` of a table, by its name in the plan."""
+        ...
+
+    def vector(self, name: str) -> FloatArray:
+        """Return a norm's weight or bias ``[C]``, by its name in the graph."""
+        ...
+
+    def linear(self, name: str, inputs: FloatArray) -> FloatArray:
+        """Return a linear's outputs ``[T, N]`` for its inputs ``[T, K]``, bias included."""
+        ...
+
+    def observe(self, name: str, inputs: FloatArray) -> None:
+        """Take note of a linear's inputs without computing its outputs (the head)."""
+        ...
+
+
 class Family(Protocol):
     """One ``model_type``: what its tensors are and how they map to the graph skeleton's parameters."""
 
@@ -194,6 +212,15 @@ class Family(Protocol):
         Raises:
             SourceError: Config and tensor shapes disagree, or a tensor is missing.
             UnsupportedModelError: The config asks for something that has no implementation.
+        """
+        ...
+
+    def forward(
+        self, config: Mapping[str, Any], decoder: Decoder, tokens: npt.NDArray[np.int64], runner: Runner
+    ) -> None:
+        """Run one sequence of token ids ``[T]`` through the model, block by block, for the statistics of its linears.
+
+        Every linear is asked for once, in the plan's order; the head is only observed.
         """
         ...
 

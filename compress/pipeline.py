@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def export(
             require_space(output, plan.predicted_bytes)
         with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
             digests = background.submit(checkpoint.files)
-            build(checkpoint, plan, profile, directory, options.threads, stages)
+            build(checkpoint, plan, profile, directory, options.threads, stages, seed=options.seed)
             record = manifest.build_manifest(
                 checkpoint,
                 profile,
@@ -121,23 +123,42 @@ def export(
     return ExportResult(output, record, report, code)
 
 
-def build(checkpoint: Checkpoint, plan: Plan, profile: Profile, directory: Path, threads: int, stages: Stages) -> None:
+def build(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    profile: Profile,
+    directory: Path,
+    threads: int,
+    stages: Stages,
+    *,
+    seed: int = 0,
+) -> None:
     """Build graph, weights and package files into an existing directory; no validation, no manifest."""
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.graph.decoder import build_decoder, serialize
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
-    with stages.stage("graph"):
+    with stages.stage("skeleton"):
         build_skeleton(checkpoint.directory, skeleton)
-        quantizer = load_quantizer(profile.quantize.algorithm)
-        inline = weights.read_inline(plan, checkpoint, quantizer)
-        graph = build_decoder(skeleton, plan, profile, inline, data_name=DATA_NAME)
-        skeleton.unlink()
-    with stages.stage("weights", unit="weights") as meter, DataFile(directory / DATA_NAME, plan.data_bytes) as data:
-        weights.write_weights(
-            plan, checkpoint, quantizer, data, constants=graph.constants, threads=threads, progress=meter
-        )
+    with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+        with stages.stage("weights", unit="weights") as meter:
+            inline = weights.write_weights(
+                plan,
+                checkpoint,
+                load_quantizer(profile.quantize.algorithm),
+                data,
+                calibrate=_calibration(checkpoint, plan, profile, seed),
+                threads=threads,
+                progress=meter,
+            )
+        with stages.stage("graph"):
+            graph = build_decoder(skeleton, plan, profile, inline, data_name=DATA_NAME)
+            for name, array in graph.constants.items():
+                place = plan.by_name[name].stored[0].offset
+                if place is not None:
+                    data.write(place, array)
+            skeleton.unlink()
     with stages.stage("package"):
         serialize(graph.model, directory / GRAPH_NAME)
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
@@ -145,6 +166,17 @@ def build(checkpoint: Checkpoint, plan: Plan, profile: Profile, directory: Path,
             shutil.copyfile(path, directory / name)
         shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
         genai.write(directory, plan.decoder, checkpoint, inputs=inputs)
+
+
+def _calibration(
+    checkpoint: Checkpoint, plan: Plan, profile: Profile, seed: int
+) -> Callable[[threading.Event], weights.Calibration] | None:
+    """Return what makes the source of importance, ``None`` where the profile or the plan needs none."""
+    if profile.quantize.importance == "none" or all(fate.scheme is None for fate in plan.fates):
+        return None
+    from compress.calibrate.random_tokens import RandomTokens
+
+    return partial(RandomTokens, plan, checkpoint, load_family(checkpoint.config), seed)
 
 
 def _check_targets(profile: Profile) -> None:

@@ -58,7 +58,6 @@ class Fate:
         scheme: How it is quantized, ``None`` for float32.
         reads: Where the rows come from.
         stored: Codes, scales and zero points, or the float tensor.
-        norm: Graph names of the norm vectors in front of it.
         tied: The same bytes serve the embedding and the head.
     """
 
@@ -70,7 +69,6 @@ class Fate:
     scheme: Scheme | None
     reads: tuple[Slice, ...]
     stored: tuple[StoredTensor, ...]
-    norm: tuple[str, ...] = ()
     tied: bool = False
 
     def part(self, kind: str) -> StoredTensor | None:
@@ -200,7 +198,6 @@ def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layou
     # Position tables are small and every token reads one row of them: quantizing them saves nothing worth its error.
     scheme = _checked(profile, "embedding") if table.role == "token" else None
     tied = decoder.tied and table.role == "token"
-    head = next((linear for linear in decoder.linears if linear.role == "head"), None)
     if scheme is None:
         stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
     else:
@@ -215,7 +212,6 @@ def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layou
                 else "--set quantize.roles.embedding.bits=32",
             )
         stored = layout.place(*_quantized(table.name, table.rows, table.columns, scheme, profile, table_bytes))
-    norm = head.norm if tied and head is not None else ()
     return Fate(
         table.name,
         "table",
@@ -225,7 +221,6 @@ def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layou
         scheme,
         (table.source,),
         stored,
-        norm=norm,
         tied=tied,
     )
 
@@ -247,7 +242,6 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
         scheme,
         linear.weight,
         stored,
-        linear.norm,
     )
 
 

@@ -40,6 +40,7 @@ class Quantize(_Strict):
     symmetric: bool = True
     accuracy_level: Literal[0, 1, 4] = 4
     scale_format: ScaleFormat = "float32"
+    importance: Literal["random-tokens", "none"] = "random-tokens"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
 
     def scheme(self, role: Role) -> Scheme | None:

@@ -114,9 +114,7 @@ def validate_artifact(
     record = manifest.read_manifest(artifact)
     profile = parse_profile(record["profile"], where=str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)
-    options = pipeline.ExportOptions(
-        eval_text=eval_text, seed=record["seed"], threads=threads or os.cpu_count() or 1
-    )
+    options = pipeline.ExportOptions(eval_text=eval_text, seed=record["seed"], threads=threads or os.cpu_count() or 1)
     with model.open() as checkpoint:
         _check_same(checkpoint, record)
         plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from compress.errors import ResourceError
 from compress.plan import Fate, Plan
 from compress.profile import Profile
+from compress.reading import CHUNK_WEIGHTS
 from compress.sizes import format_size
-from compress.weights import CHUNK_WEIGHTS
 
 if TYPE_CHECKING:
     from compress.pipeline import ExportOptions

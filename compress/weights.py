@@ -8,27 +8,44 @@ other and written wherever they belong.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from compress.contracts import Checkpoint, FloatArray, Quantizer, Slice
-from compress.errors import SourceError
+from compress.contracts import Checkpoint, FloatArray, Quantizer
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
-from compress.quantize.finite import first_nonfinite
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 from compress.quantize.scales import pack_scales
+from compress.reading import CHUNK_WEIGHTS, read_rows
 
-#: Weights a task holds as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.
-CHUNK_WEIGHTS = 1 << 21
 #: Progress after a number of weights is done: (weights done so far, weights in all).
 Progress = Callable[[int, int], None]
 AnyArray = npt.NDArray[Any]
+
+
+class Stopped(Exception):
+    """Another thread failed while this one waited for it."""
+
+
+class Calibration(Protocol):
+    """Finds out how much a weight's input channels matter, while weights stream by."""
+
+    def run(self) -> None:
+        """Do the work, in a thread of its own."""
+        ...
+
+    def importance(self, fate: Fate) -> FloatArray | None:
+        """Return float32 ``[columns]``, waiting for it; ``None`` where nothing is to be known.
+
+        Raises:
+            Stopped: The run was stopped meanwhile.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,48 +57,59 @@ class _Task:
     stop: int
 
 
-def read_inline(plan: Plan, checkpoint: Checkpoint, quantizer: Quantizer) -> dict[str, AnyArray]:
-    """Return the values of the planned tensors that stay in the graph file, by planned name."""
-    stream = _Stream(plan, checkpoint, quantizer, None, None)
-    for fate in plan.fates:
-        if fate.reads and any(stored.offset is None for stored in fate.stored):
-            stream.run(_Task(fate, 0, fate.rows))
-    return stream.inline
-
-
 def write_weights(
     plan: Plan,
     checkpoint: Checkpoint,
     quantizer: Quantizer,
     data: DataFile,
     *,
-    constants: Mapping[str, FloatArray],
+    calibrate: Callable[[threading.Event], Calibration] | None,
     threads: int,
     progress: Progress | None = None,
-) -> None:
-    """Write every planned tensor that has its place in the data file.
+) -> dict[str, AnyArray]:
+    """Write every weight of the plan to its place in the data file.
+
+    Args:
+        plan: Fates and places.
+        checkpoint: Where the rows come from.
+        quantizer: The algorithm.
+        data: The data file, its space already claimed.
+        calibrate: Makes what finds out each weight's importance, given the event that stops it; ``None``: nothing does.
+        threads: Threads that quantize; the bytes do not depend on them.
+        progress: Called with weights done and weights in all.
+
+    Returns:
+        The tensors that are too small for the data file, by planned name.
 
     Raises:
         SourceError: A weight is NaN or infinite (which tensor, which element), or cannot be read.
     """
-    stream = _Stream(plan, checkpoint, quantizer, data, progress)
-    for name, array in constants.items():
-        stream.store(plan.by_name[name].stored[0], 0, array)
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool:
-        futures = [pool.submit(stream.run, task) for task in _tasks(plan)]
+    stopped = threading.Event()
+    calibration = calibrate(stopped) if calibrate is not None else None
+    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress)
+    with (
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
+        ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
+    ):
+        futures: list[Future[None]] = [ahead.submit(calibration.run)] if calibration is not None else []
+        futures += [pool.submit(stream.run, task) for task in _tasks(plan)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+            # A thread that was stopped has only waited for the one that failed.
+            errors = [error for future in done if (error := future.exception()) is not None]
+            for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+                raise error
         finally:
             # One bad tensor, or Ctrl-C, must not wait for the gigabytes behind it.
-            stream.stopped.set()
+            stopped.set()
             for future in futures:
                 future.cancel()
+    return stream.inline
 
 
 def _tasks(plan: Plan) -> Iterator[_Task]:
-    for fate in plan.fates:
+    # A tied table's statistics are those of the head's inputs, the last to be known.
+    for fate in sorted(plan.fates, key=lambda fate: fate.tied):
         if not fate.reads:
             continue
         whole = fate.kind == "matmul" and fate.scheme is None  # transposed on the way: needs all rows at once
@@ -97,16 +125,17 @@ class _Stream:
         plan: Plan,
         checkpoint: Checkpoint,
         quantizer: Quantizer,
-        data: DataFile | None,
+        data: DataFile,
+        calibration: Calibration | None,
+        stopped: threading.Event,
         progress: Progress | None,
     ) -> None:
         self.plan, self.checkpoint, self.quantizer, self.data = plan, checkpoint, quantizer, data
+        self.calibration, self.stopped = calibration, stopped
         self.inline: dict[str, AnyArray] = {}
-        self.stopped = threading.Event()
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
-        self._norms: dict[str, FloatArray] = {}
 
     def run(self, task: _Task) -> None:
         """Read, check, quantize and write one task's rows."""
@@ -128,7 +157,8 @@ class _Stream:
     def _quantize(self, task: _Task, rows: FloatArray) -> None:
         fate, scheme = task.fate, task.fate.scheme
         assert scheme is not None
-        result = self.quantizer.quantize(rows, scheme, self._importance(fate), scale_format=self.plan.scale_format)
+        importance = self.calibration.importance(fate) if self.calibration is not None else None
+        result = self.quantizer.quantize(rows, scheme, importance, scale_format=self.plan.scale_format)
         packed = (
             pack_table(result.codes, scheme, fate.columns)
             if fate.kind == "table"
@@ -152,19 +182,6 @@ class _Stream:
         for start in range(0, fate.columns, step):
             self.store(stored, start, np.ascontiguousarray(rows[:, start : start + step].T))
 
-    def _importance(self, fate: Fate) -> FloatArray | None:
-        """Return the squared norm weight of each input channel: what the data-free search knows of its inputs."""
-        if not fate.norm:
-            return None
-        name = fate.norm[0]
-        if name not in self._norms:
-            norm = self.plan.by_name[name]
-            weight = read_rows(self.checkpoint, norm, 0, norm.rows).reshape(-1)
-            # Importance counts up to a factor; a power of two changes no digit and keeps the square in range.
-            _, exponent = np.frexp(np.abs(weight).max())
-            self._norms[name] = np.square(np.ldexp(weight, -int(exponent)))
-        return self._norms[name]
-
     def store(self, stored: StoredTensor, row: int, array: AnyArray) -> None:
         """Write rows of a stored tensor, from row ``row`` on."""
         if stored.offset is None:
@@ -172,48 +189,5 @@ class _Stream:
                 target = self.inline.setdefault(stored.name, np.zeros(stored.shape, stored.dtype))
                 target[row : row + len(array)] = array
             return
-        if self.data is None:
-            return
         row_bytes = stored.nbytes // stored.shape[0]
         self.data.write(stored.offset + row * row_bytes, array)
-
-
-def read_rows(checkpoint: Checkpoint, fate: Fate, start: int, stop: int) -> FloatArray:
-    """Return rows ``[start, stop)`` of a fate's stacked weight, float32 ``[stop - start, columns]``, checked finite.
-
-    Raises:
-        SourceError: A value is NaN or infinite; the message names tensor and element.
-    """
-    parts: list[FloatArray] = []
-    below = 0
-    for piece in fate.reads:
-        length = _length(piece, checkpoint)
-        first, last = max(start - below, 0), min(stop - below, length)
-        below += length
-        if first < last:
-            parts.append(_read_piece(checkpoint, piece, piece.start + first, piece.start + last))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _length(piece: Slice, checkpoint: Checkpoint) -> int:
-    if piece.stop is not None:
-        return piece.stop - piece.start
-    shape = checkpoint.tensors()[piece.tensor].shape
-    return (shape[-1] if piece.transposed else shape[0]) - piece.start
-
-
-def _read_piece(checkpoint: Checkpoint, piece: Slice, first: int, last: int) -> FloatArray:
-    if piece.transposed:
-        whole = checkpoint.read(piece.tensor)
-        array = np.ascontiguousarray(whole[:, first:last].T)
-    else:
-        array = checkpoint.read(piece.tensor, first, last)
-    bad = first_nonfinite(array)
-    if bad is not None:
-        row = bad[0] + first
-        raise SourceError(
-            f"a weight is not a finite number: {array[bad]}",
-            where=f"{piece.tensor}, {'column' if piece.transposed else 'row'} {row}",
-            hint="the checkpoint is damaged, or its training diverged; fetch it again",
-        )
-    return array

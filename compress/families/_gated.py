@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
+from compress.contracts import Decoder, Linear, Runner, Slice, Table, TensorInfo, Vector
 from compress.families._reading import check_shapes, dimension, expect, heads, layer_count, rope_kind, rope_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # Rotary scalings whose cosine and sine tables do not depend on the length of the sequence at hand.
 STATIC_ROPE = ("default", "linear", "llama3")
@@ -48,7 +52,6 @@ class GatedDecoder:
                 in_features=hidden,
                 weight=(Slice(token if tied else "lm_head.weight"),),
                 graph_weights=(token if tied else "lm_head.weight",),
-                norm=("model.norm.weight",),
             )
         )
         norms = [
@@ -76,6 +79,36 @@ class GatedDecoder:
             rope_switch=switch,
         )
         return check_shapes(decoder, tensors)
+
+    def forward(
+        self, config: Mapping[str, Any], decoder: Decoder, tokens: npt.NDArray[np.int64], runner: Runner
+    ) -> None:
+        """Run one sequence; see :class:`compress.contracts.Family`.
+
+        Rotary scalings are left out: over the few positions that statistics need they turn next to nothing.
+        """
+        import numpy as np
+
+        from compress.calibrate.arithmetic import causal_attention, rms_norm, rotate, silu
+
+        epsilon = float(config.get("rms_norm_eps", 1e-6))
+        theta = float(rope_settings(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+        hidden = runner.rows("model.embed_tokens", tokens)
+        query_size, value_size = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+        for index in range(decoder.layers):
+            block = f"model.layers.{index}"
+            normed = rms_norm(hidden, runner.vector(f"{block}.input_layernorm.weight"), epsilon)
+            qkv = runner.linear(f"{block}.self_attn.qkv_proj", normed)
+            query, key, value = (
+                part.reshape(len(tokens), -1, decoder.head_dim)
+                for part in np.split(qkv, [query_size, query_size + value_size], axis=1)
+            )
+            mixed = causal_attention(rotate(query, theta), rotate(key, theta), value)
+            hidden = hidden + runner.linear(f"{block}.self_attn.o_proj", mixed)
+            normed = rms_norm(hidden, runner.vector(f"{block}.post_attention_layernorm.weight"), epsilon)
+            gate, up = np.split(runner.linear(f"{block}.mlp.gate_up_proj", normed), 2, axis=1)
+            hidden = hidden + runner.linear(f"{block}.mlp.down_proj", silu(gate) * up)
+        runner.observe("lm_head", rms_norm(hidden, runner.vector("model.norm.weight"), epsilon))
 
     def _block(self, config: Mapping[str, Any], index: int) -> tuple[Linear, ...]:
         hidden, ffn = dimension(config, "hidden_size"), dimension(config, "intermediate_size")
@@ -113,7 +146,6 @@ class GatedDecoder:
                 bias=tuple(Slice(name, 0, size) for name, size in zip(qkv_biases, sizes, strict=False)),
                 graph_weights=tuple(f"{part}.weight" for part in parts),
                 graph_biases=qkv_biases,
-                norm=(f"{block}.input_layernorm.weight",),
             ),
             linear(
                 f"{attention}.o_proj",
@@ -132,7 +164,6 @@ class GatedDecoder:
                 hidden,
                 gate_up,
                 graph_weights=gate_up_names,
-                norm=(f"{block}.post_attention_layernorm.weight",),
             ),
             linear(
                 f"{mlp}.down_proj",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.contracts import Decoder, Linear, Role, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
 from compress.families._reading import check_shapes, dimension, expect, layer_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from compress.contracts import FloatArray, Runner
 
 
 class Gpt2:
@@ -39,7 +45,6 @@ class Gpt2:
                 in_features=hidden,
                 weight=(Slice(f"{prefix}wte.weight"),),
                 graph_weights=("lm_head.weight",),
-                norm=("transformer.ln_f.weight", "transformer.ln_f.bias"),
             )
         )
         norms = [
@@ -79,15 +84,37 @@ class Gpt2:
         )
         return check_shapes(decoder, tensors)
 
+    def forward(
+        self, config: Mapping[str, Any], decoder: Decoder, tokens: npt.NDArray[np.int64], runner: Runner
+    ) -> None:
+        """Run one sequence; see :class:`compress.contracts.Family`."""
+        import numpy as np
+
+        from compress.calibrate.arithmetic import causal_attention, gelu_tanh, layer_norm
+
+        epsilon = float(config.get("layer_norm_epsilon", 1e-5))
+
+        def norm(name: str, hidden: FloatArray) -> FloatArray:
+            return layer_norm(hidden, runner.vector(f"{name}.weight"), runner.vector(f"{name}.bias"), epsilon)
+
+        positions = np.arange(len(tokens), dtype=np.int64)
+        hidden = runner.rows("transformer.wte", tokens) + runner.rows("transformer.wpe", positions)
+        for index in range(decoder.layers):
+            block = f"transformer.h.{index}"
+            qkv = runner.linear(f"{block}.attn.qkv_proj", norm(f"{block}.ln_1", hidden))
+            query, key, value = (part.reshape(len(tokens), -1, decoder.head_dim) for part in np.split(qkv, 3, axis=1))
+            hidden = hidden + runner.linear(f"{block}.attn.o_proj", causal_attention(query, key, value))
+            inner = gelu_tanh(runner.linear(f"{block}.mlp.up_proj", norm(f"{block}.ln_2", hidden)))
+            hidden = hidden + runner.linear(f"{block}.mlp.down_proj", inner)
+        runner.observe("lm_head", norm("transformer.ln_f", hidden))
+
 
 def _block(config: Mapping[str, Any], prefix: str, index: int) -> tuple[Linear, ...]:
     hidden = dimension(config, "n_embd")
     inner = dimension(config, "n_inner", 4 * hidden)
     block, graph = f"{prefix}h.{index}", f"transformer.h.{index}"
 
-    def linear(
-        name: str, role: Role, rows: int, columns: int, stored: str, parts: tuple[str, ...], norm: tuple[str, ...] = ()
-    ) -> Linear:
+    def linear(name: str, role: Role, rows: int, columns: int, stored: str, parts: tuple[str, ...]) -> Linear:
         step = rows // len(parts)
         bounds = [(part * step, (part + 1) * step) for part in range(len(parts))]
         return Linear(
@@ -100,16 +127,12 @@ def _block(config: Mapping[str, Any], prefix: str, index: int) -> tuple[Linear, 
             bias=tuple(Slice(f"{block}.{stored}.bias", start, stop) for start, stop in bounds),
             graph_weights=tuple(f"{graph}.{part}.weight" for part in parts),
             graph_biases=tuple(f"{graph}.{part}.bias" for part in parts),
-            norm=norm,
         )
 
-    first, second = (tuple(f"{graph}.{norm}.{kind}" for kind in ("weight", "bias")) for norm in ("ln_1", "ln_2"))
     return (
-        linear(
-            "attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv"), first
-        ),
+        linear("attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv")),
         linear("attn.o_proj", "attention_output", hidden, hidden, "attn.c_proj", ("attn.o_proj",)),
-        linear("mlp.up_proj", "up", inner, hidden, "mlp.c_fc", ("mlp.up_proj",), second),
+        linear("mlp.up_proj", "up", inner, hidden, "mlp.c_fc", ("mlp.up_proj",)),
         linear("mlp.down_proj", "down", hidden, inner, "mlp.c_proj", ("mlp.down_proj",)),
     )
 
