@@ -1,6 +1,6 @@
 """The decoder block's arithmetic on small arrays: norms, rotary embedding, attention, activations.
 
-Float32 NumPy, one sequence, for input statistics; the reference model that drift is measured against is transformers' own.
+Float32 NumPy, one sequence, for input statistics; drift is measured against transformers' own model.
 Shapes: T tokens, H heads, G key-value heads, D head dimension, C channels.
 """
 

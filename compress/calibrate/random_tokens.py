@@ -1,11 +1,12 @@
 """Importance of input channels without any text: the model runs once on a few random tokens.
 
-Which input channels of a linear are large is mostly a property of the weights (a handful of outlier channels, rows of
-``down_proj`` that fire on the first token), and shows on tokens drawn uniformly from the vocabulary. 64 of them cost a
-seventieth of reading the weights twice. On SmolLM2 this takes the KL of 4-bit weights from 0.31 to 0.21; the weight of the
-norm in front, squared, which needs no pass at all, makes it worse than nothing (docs/benchmarks.md).
+Which input channels of a linear are large is mostly a property of the weights (a handful of outlier channels, neurons
+that fire on the first token), and shows on tokens drawn uniformly from the vocabulary. Each weight is read once more for
+it and multiplied with 64 rows. What needs no pass, the squared weight of the norm in front, was measured to be worse than
+no importance at all (docs/benchmarks.md).
 
-The pass runs in its own thread, just ahead of quantization: a linear's statistics are there before its weights are read.
+The pass runs in its own thread, just ahead of quantization: a linear's statistics are there before its weights are
+read.
 """
 
 from __future__ import annotations
