@@ -16,8 +16,9 @@ from compress.profile import load_profile
 from compress.source import open_checkpoint
 from tiny_models import FAMILIES
 
-#: A tied table must divide into its blocks: two of the tiny models need 64 there.
-NARROW_TABLE = "quantize.roles.embedding.block_size=64"
+TABLE = "quantize.roles.embedding"
+#: The profile has blocks of its own for the table; it takes 2-bit codes in larger ones only.
+NARROW_TABLE = f"{TABLE}.block_size=64"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "float": ("float",),
     "arm-int4": ("arm-int4",),
@@ -25,9 +26,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "block-16": ("arm-int4", "quantize.block_size=16"),
     "block-128": ("arm-int4", "quantize.block_size=128", NARROW_TABLE),
     "8-bit": ("arm-int4", "quantize.bits=8"),
-    "2-bit-block-64": ("arm-int4", "quantize.bits=2", "quantize.block_size=64"),
+    "2-bit-block-64": ("arm-int4", "quantize.bits=2", "quantize.block_size=64", NARROW_TABLE),
     "float16-scales": ("arm-int4", "quantize.scale_format=float16"),
-    "int8-scales": ("arm-int4", "quantize.scale_format=int8", "quantize.symmetric=false"),
+    "float32-scales": ("arm-int4", "quantize.scale_format=float32"),
+    "mixed": ("x86-int4-mixed",),
     "float-head": ("arm-int4", "quantize.roles.head.bits=32", "quantize.roles.embedding.bits=32"),
 }
 
@@ -102,15 +104,15 @@ def test_large_tensors_start_on_a_page(tmp_path: Path, tiny_model: Callable[[str
 def test_roles_have_their_own_scheme(tiny_model: Callable[[str], Path]) -> None:
     plan = plan_of(
         tiny_model("mistral"), "arm-int4", "quantize.roles.down.bits=8", "quantize.roles.head.bits=32",
-        "quantize.roles.embedding.symmetric=false", "quantize.roles.qkv.block_size=16",
+        "quantize.roles.embedding.bits=8", "quantize.roles.qkv.block_size=16", "quantize.roles.qkv.symmetric=false",
     )  # fmt: skip
     schemes = {fate.role: fate.scheme for fate in plan.fates if fate.role}
     as_numbers = {
         role: scheme and (scheme.bits, scheme.block_size, scheme.symmetric) for role, scheme in schemes.items()
     }
     assert as_numbers == {
-        "embedding": (4, 32, False),
-        "qkv": (4, 16, True),
+        "embedding": (8, 16, False),
+        "qkv": (4, 16, False),
         "attention_output": (4, 32, True),
         "gate_up": (4, 32, True),
         "down": (8, 32, True),
@@ -122,16 +124,22 @@ def test_tied_table_is_planned_once_with_the_embeddings_scheme(tiny_model: Calla
     plan = plan_of(tiny_model("llama"), "arm-int4", "quantize.roles.embedding.bits=8", "quantize.roles.head.bits=2")
     table = plan.by_name["model.embed_tokens"]
     assert table.tied and table.scheme is not None and table.scheme.bits == 8
-    assert table.norm == ("model.norm.weight",), "the search knows what the head's inputs look like"
     assert "lm_head" not in plan.by_name
     assert not plan_of(tiny_model("mistral")).by_name["model.embed_tokens"].tied
 
 
 def test_bits_per_weight_count_scales(tiny_model: Callable[[str], Path]) -> None:
-    plan = plan_of(tiny_model("mistral"))
-    quantized = [fate for fate in plan.fates if fate.scheme is not None]
-    bits = 8 * sum(fate.nbytes for fate in quantized) / sum(fate.rows * fate.columns for fate in quantized)
-    assert bits == 5.0, "4 bits and a float32 scale for every 32 of them"
+    def bits(plan: Plan, name: str) -> float:
+        fate = plan.by_name[name]
+        return 8 * fate.nbytes / (fate.rows * fate.columns)
+
+    plain = plan_of(tiny_model("mistral"), "arm-int4", "quantize.scale_format=float32")
+    linear, table = "model.layers.0.self_attn.o_proj", "model.embed_tokens"
+    assert bits(plain, linear) == 5.0, "4 bits and a float32 scale for every 32 of them"
+    assert bits(plain, table) == 6.25, "4 bits, a float32 scale and a zero point for every 16 of them"
+    # Whole rows have a float32 on top: half a bit for each of these models' 64 columns.
+    assert bits(plan_of(tiny_model("mistral")), linear) == 4.25 + 0.5
+    assert bits(plan_of(tiny_model("mistral")), table) == 4.75 + 0.5
     assert plan_of(tiny_model("mistral"), "float").bits_per_weight == 32.0
 
 
@@ -143,10 +151,12 @@ def test_bits_per_weight_count_scales(tiny_model: Callable[[str], Path]) -> None
         ("llama", "quantize.block_size=0", "block size 0", "16"),
         ("llama", "quantize.roles.down.block_size=0", "block size 0", "16"),
         ("llama", "quantize.roles.qkv.block_size=-32", "block size -32", "16"),
-        ("mistral", "quantize.bits=2", None, None),
+        ("mistral", "quantize.bits=2", "2-bit weights with block size 16", "quantize"),
+        ("mistral", "quantize.roles.down.bits=2", None, None),
         ("mistral", "quantize.roles.up.bits=2", None, None),
-        ("llama", "quantize.block_size=128", "tied table of 64 columns", "quantize.roles.embedding.block_size=64"),
-        ("gpt2", "quantize.block_size=256", "tied table of 64 columns", "quantize.roles.embedding.block_size=64"),
+        ("llama", "quantize.block_size=128", None, None),
+        ("llama", f"{TABLE}.block_size=128", "tied table of 64 columns", f"{TABLE}.block_size=64"),
+        ("gpt2", f"{TABLE}.block_size=256", "tied table of 64 columns", f"{TABLE}.block_size=64"),
     ],
 )
 def test_impossible_schemes_are_refused(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import zlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 
 from compress import pipeline, weights
+from compress.calibrate.random_tokens import RandomTokens
 from compress.contracts import Scheme
 from compress.errors import SourceError
+from compress.families import load_family
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, make_plan
 from compress.profile import load_profile
@@ -22,28 +26,30 @@ from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint
 from tiny_models import FAMILIES
 
+TABLE = "quantize.roles.embedding"
 VARIANTS = {
     "float": ("float",),
     "int4": ("arm-int4",),
-    "asymmetric": ("arm-int4", "quantize.symmetric=false", "quantize.block_size=16"),
-    "padded": ("arm-int4", "quantize.block_size=128", "quantize.roles.embedding.block_size=64"),
+    "symmetric": ("arm-int4", "quantize.scale_format=float32", f"{TABLE}.symmetric=true", f"{TABLE}.block_size=32"),
+    "asymmetric": ("x86-int4", "quantize.scale_format=float32", "quantize.block_size=16"),
+    "padded": ("arm-int4", "quantize.block_size=128", f"{TABLE}.block_size=64", "quantize.scale_format=float32"),
     "int8": ("arm-int4", "quantize.bits=8", "quantize.scale_format=float16"),
-    "int2": ("arm-int4", "quantize.bits=2", "quantize.scale_format=int8"),
+    "int2": ("arm-int4", "quantize.bits=2", f"{TABLE}.block_size=64"),
 }
 Arrays = dict[str, np.ndarray]
+Calibrate = Callable[[threading.Event], weights.Calibration]
 
 
 # ----------------------------------------------------------------------------------------------- independent oracles
 
 
-def pytorch_weights(directory: Path) -> tuple[Arrays, dict[str, str]]:
-    """Return every weight by its name in the artifact, linears as ``[out, in]``, and the norm in front of a linear."""
+def pytorch_weights(directory: Path) -> Arrays:
+    """Return every weight by its name in the artifact, linears as ``[out, in]``."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     found: dict[str, Any] = {}
-    norms: dict[str, str] = {}
     if model.config.model_type == "gpt2":
         body = model.transformer
         found |= {"transformer.wte": body.wte.weight, "transformer.wpe": body.wpe.weight}
@@ -58,9 +64,7 @@ def pytorch_weights(directory: Path) -> tuple[Arrays, dict[str, str]]:
             for norm in ("ln_1", "ln_2"):
                 module = getattr(block, norm)
                 found |= {f"{start}.{norm}.weight": module.weight, f"{start}.{norm}.bias": module.bias}
-            norms |= {f"{start}.attn.qkv_proj": f"{start}.ln_1.weight", f"{start}.mlp.up_proj": f"{start}.ln_2.weight"}
         found |= {"transformer.ln_f.weight": body.ln_f.weight, "transformer.ln_f.bias": body.ln_f.bias}
-        norms["transformer.wte"] = "transformer.ln_f.weight"
     else:
         found["model.embed_tokens"] = model.model.embed_tokens.weight
         for index, block in enumerate(model.model.layers):
@@ -78,15 +82,10 @@ def pytorch_weights(directory: Path) -> tuple[Arrays, dict[str, str]]:
                     found[f"{start}.{name}.bias"] = torch.cat([module.bias for module in modules])
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 found[f"{start}.{norm}.weight"] = getattr(block, norm).weight
-            norms[f"{start}.self_attn.qkv_proj"] = f"{start}.input_layernorm.weight"
-            norms[f"{start}.mlp.gate_up_proj"] = f"{start}.post_attention_layernorm.weight"
         found["model.norm.weight"] = model.model.norm.weight
-        if model.config.tie_word_embeddings:
-            norms["model.embed_tokens"] = "model.norm.weight"
-        else:
+        if not model.config.tie_word_embeddings:
             found["lm_head"] = model.lm_head.weight
-            norms["lm_head"] = "model.norm.weight"
-    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in found.items()}, norms
+    return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in found.items()}
 
 
 def unpack_slowly(row: bytes, bits: int, count: int) -> list[int]:
@@ -136,15 +135,40 @@ def scales_are_int8(plan: Plan) -> bool:
 # ---------------------------------------------------------------------------------------------------------- fixtures
 
 
-def write(checkpoint: OpenCheckpoint, plan: Plan, path: Path, *, threads: int = 1, **more: Any) -> Stored:
-    quantizer = load_quantizer("rtn")
-    inline = weights.read_inline(plan, checkpoint, quantizer)
+class Known:
+    """Importance that differs from weight to weight and leaves a table alone that no head shares."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self.ran = False
+
+    def run(self) -> None:
+        self.ran = True
+
+    def importance(self, fate: Fate) -> np.ndarray | None:
+        if fate.kind == "table" and not fate.tied:
+            return None
+        random = np.random.default_rng(zlib.crc32(fate.name.encode()))
+        return random.uniform(0.2, 1, fate.columns).astype(np.float32)
+
+
+def write(
+    checkpoint: OpenCheckpoint,
+    plan: Plan,
+    path: Path,
+    *,
+    calibrate: Calibrate | None = None,
+    threads: int = 1,
+    progress: weights.Progress | None = None,
+) -> Stored:
     with DataFile(path, plan.data_bytes) as data:
-        constants = {
-            fate.name: np.zeros((fate.rows, fate.columns), np.float32) for fate in plan.fates if not fate.reads
-        }
-        weights.write_weights(plan, checkpoint, quantizer, data, constants=constants, threads=threads, **more)
+        inline = weights.write_weights(
+            plan, checkpoint, load_quantizer("rtn"), data, calibrate=calibrate, threads=threads, progress=progress
+        )
     return Stored(plan, path.read_bytes(), inline)
+
+
+def random_tokens(plan: Plan, checkpoint: OpenCheckpoint) -> Calibrate:
+    return partial(RandomTokens, plan, checkpoint, load_family(checkpoint.config), 0)
 
 
 def plan_of(checkpoint: OpenCheckpoint, profile: str, *overrides: str) -> Plan:
@@ -152,7 +176,7 @@ def plan_of(checkpoint: OpenCheckpoint, profile: str, *overrides: str) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], tuple[Arrays, dict[str, str]]]:
+def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], Arrays]:
     return cache(lambda name: pytorch_weights(tiny_model(name)))
 
 
@@ -162,12 +186,12 @@ def oracle(tiny_model: Callable[[str], Path]) -> Callable[[str], tuple[Arrays, d
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stored_bytes(
-    name: str, variant: str, tiny_model: Callable[[str], Path], tmp_path: Path, oracle: Callable[[str], Any]
+    name: str, variant: str, tiny_model: Callable[[str], Path], tmp_path: Path, oracle: Callable[[str], Arrays]
 ) -> None:
-    source, norms = oracle(name)
+    source = oracle(name)
     with open_checkpoint(str(tiny_model(name))) as checkpoint:
         plan = plan_of(checkpoint, *VARIANTS[variant])
-        stored = write(checkpoint, plan, tmp_path / "data")
+        stored = write(checkpoint, plan, tmp_path / "data", calibrate=Known)
     assert {fate.name for fate in plan.fates if fate.reads} == set(source)
     for fate in plan.fates:
         if not fate.reads:
@@ -177,8 +201,7 @@ def test_stored_bytes(
             kept = stored[fate.stored[0].name]
             np.testing.assert_array_equal(kept, weight.T if fate.kind == "matmul" else weight, err_msg=fate.name)
             continue
-        norm = norms.get(fate.name)
-        check_codes(stored, fate, fate.scheme, weight, source[norm] ** 2 if norm else None)
+        check_codes(stored, fate, fate.scheme, weight, Known(threading.Event()).importance(fate))
 
 
 def check_codes(stored: Stored, fate: Fate, scheme: Scheme, weight: np.ndarray, importance: np.ndarray | None) -> None:
@@ -201,25 +224,45 @@ def check_codes(stored: Stored, fate: Fate, scheme: Scheme, weight: np.ndarray, 
     assert lost < {8: 1e-4, 4: 0.02, 2: 0.25}[scheme.bits], fate.name
 
 
-def test_the_oracle_notices_a_swapped_projection(
-    tiny_model: Callable[[str], Path], tmp_path: Path, oracle: Callable[[str], Any]
+def test_the_oracle_notices_a_swapped_projection_and_another_importance(
+    tiny_model: Callable[[str], Path], tmp_path: Path, oracle: Callable[[str], Arrays]
 ) -> None:
-    source, _ = oracle("llama")
+    source = oracle("llama")
     with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
         plan = plan_of(checkpoint, "arm-int4")
-        stored = write(checkpoint, plan, tmp_path / "data")
+        stored = write(checkpoint, plan, tmp_path / "data", calibrate=Known)
     fate = plan.by_name["model.layers.0.mlp.gate_up_proj"]
     assert fate.scheme is not None
+    known = Known(threading.Event())
+    importance = known.importance(fate)
+    assert importance is not None
+    check_codes(stored, fate, fate.scheme, source[fate.name], importance)
     swapped = np.roll(source[fate.name], fate.rows // 2, axis=0)
-    with pytest.raises(AssertionError):
-        check_codes(stored, fate, fate.scheme, swapped, None)
+    neighbour = known.importance(plan.by_name["model.layers.1.mlp.gate_up_proj"])
+    for weight, other in ((swapped, importance), (source[fate.name], None), (source[fate.name], neighbour)):
+        with pytest.raises(AssertionError):
+            check_codes(stored, fate, fate.scheme, weight, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gpt2"])
+def test_importance_from_random_tokens_reaches_every_weight(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path, oracle: Callable[[str], Arrays]
+) -> None:
+    with open_checkpoint(str(tiny_model(name))) as checkpoint:
+        plan = plan_of(checkpoint, "arm-int4")
+        stored = write(checkpoint, plan, tmp_path / "data", calibrate=random_tokens(plan, checkpoint), threads=3)
+        alone = RandomTokens(plan, checkpoint, load_family(checkpoint.config), 0, threading.Event())
+        alone.run()
+    for fate in plan.fates:
+        if fate.scheme is not None:
+            check_codes(stored, fate, fate.scheme, oracle(name)[fate.name], alone.importance(fate))
 
 
 def test_int8_row_scales_are_stored(tiny_model: Callable[[str], Path]) -> None:
     with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
         plan = plan_of(checkpoint, *VARIANTS["int2"])
     kinds = {item.name.rpartition(".")[2]: item.dtype for fate in plan.fates if fate.scheme for item in fate.stored}
-    assert kinds == {"codes": "uint8", "scales": "int8", "row_scales": "float32"}
+    assert kinds == {"codes": "uint8", "scales": "int8", "row_scales": "float32", "zero_points": "uint8"}
 
 
 @pytest.mark.parametrize("variant", ["float", "asymmetric", "int2"])
@@ -229,13 +272,14 @@ def test_threads_and_chunks_do_not_change_the_bytes(
 ) -> None:
     with open_checkpoint(str(tiny_model(name))) as checkpoint:
         plan = plan_of(checkpoint, *VARIANTS[variant])
-        write(checkpoint, plan, tmp_path / "first")
+        calibrate = random_tokens(plan, checkpoint)
+        write(checkpoint, plan, tmp_path / "first", calibrate=calibrate)
         expected = (tmp_path / "first").read_bytes()
         assert len(expected) == plan.data_bytes and any(expected)
         for threads, chunk in ((2, 1 << 21), (5, 1 << 21), (1, 1000), (5, 3001), (1, 1 << 30)):
             monkeypatch.setattr(weights, "CHUNK_WEIGHTS", chunk)
             path = tmp_path / f"{threads}-{chunk}"
-            write(checkpoint, plan, path, threads=threads)
+            write(checkpoint, plan, path, calibrate=calibrate, threads=threads)
             assert path.read_bytes() == expected, (threads, chunk)
 
 
@@ -246,7 +290,13 @@ def test_progress_ends_at_the_total(
     seen: list[tuple[int, int]] = []
     with open_checkpoint(str(tiny_model("gpt2"))) as checkpoint:
         plan = plan_of(checkpoint, "arm-int4")
-        write(checkpoint, plan, tmp_path / "data", progress=lambda done, total: seen.append((done, total)))
+        write(
+            checkpoint,
+            plan,
+            tmp_path / "data",
+            calibrate=random_tokens(plan, checkpoint),
+            progress=lambda done, total: seen.append((done, total)),
+        )
     done = [amount for amount, _ in seen]
     assert done == sorted(done) and len(set(done)) > 20
     assert {total for _, total in seen} == {plan.weight_count}
@@ -312,7 +362,7 @@ def test_the_first_error_stops_the_rest(
         original = checkpoint.read
         monkeypatch.setattr(checkpoint, "read", lambda name, *rows: (read.append(name), original(name, *rows))[1])
         with pytest.raises(SourceError), DataFile(tmp_path / "data", plan.data_bytes) as data:
-            weights.write_weights(plan, checkpoint, load_quantizer("rtn"), data, constants={}, threads=2)
+            weights.write_weights(plan, checkpoint, load_quantizer("rtn"), data, calibrate=None, threads=2)
     # The embedding and one block lie before it, two blocks behind.
     assert "model.layers.0.self_attn.q_proj.weight" in read
     assert not any(name.startswith("model.layers.2") for name in read)
@@ -332,13 +382,19 @@ def test_huge_and_tiny_finite_weights_pass(tiny_model: Callable[[str], Path], tm
         assert restored == pytest.approx(value, rel=0.2, abs=0.2)
 
 
-def test_a_huge_norm_weight_does_not_upset_the_search(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its square, the importance of a channel, is beyond float32."""
-    tensor = "model.layers.0.input_layernorm.weight"
-    model = damaged(tiny_model("llama"), tmp_path / "model", tensor, (3,), 1e25)
-    with open_checkpoint(str(model)) as checkpoint:
-        plan = plan_of(checkpoint, "arm-int4")
-        stored = write(checkpoint, plan, tmp_path / "data")
+class OneChannel(Known):
+    """Importance of one channel only, as far from the others' as float32 goes."""
+
+    def importance(self, fate: Fate) -> np.ndarray:
+        values = np.full(fate.columns, 1e-45, np.float32)
+        values[3] = 1
+        return values
+
+
+def test_an_outlier_channel_does_not_upset_the_search(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
+        plan = plan_of(checkpoint, "arm-int4", "quantize.scale_format=float32")
+        stored = write(checkpoint, plan, tmp_path / "data", calibrate=OneChannel)
         weight = checkpoint.read("model.layers.0.self_attn.q_proj.weight")
     fate = plan.by_name["model.layers.0.self_attn.qkv_proj"]
     restored = (stored.codes(fate) - 8) * np.repeat(stored.scales(fate), 32, axis=1)

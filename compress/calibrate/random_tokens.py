@@ -1,9 +1,9 @@
 """Importance of input channels without any text: the model runs once on a few random tokens.
 
 Which input channels of a linear are large is mostly a property of the weights (a handful of outlier channels, neurons
-that fire on the first token), and shows on tokens drawn uniformly from the vocabulary. Each weight is read once more for
-it and multiplied with 64 rows. What needs no pass, the squared weight of the norm in front, was measured to be worse than
-no importance at all (docs/benchmarks.md).
+that fire on the first token), and shows on tokens drawn uniformly from the vocabulary. Each weight is read once more
+for it and multiplied with 64 rows. What needs no pass, the squared weight of the norm in front, was measured to be
+worse than no importance at all (docs/benchmarks.md).
 
 The pass runs in its own thread, just ahead of quantization: a linear's statistics are there before its weights are
 read.

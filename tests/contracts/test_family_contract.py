@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
-from compress.contracts import Decoder, Slice, TensorInfo
+from compress.contracts import Decoder, FloatArray, Slice, TensorInfo
 from compress.errors import CompressError, SourceError, UnsupportedModelError
 from compress.families import available_families, load_family
 from compress.source import open_checkpoint
@@ -95,14 +97,64 @@ def test_names_are_unique_and_roles_make_sense(model: tuple[Mapping[str, Any], M
     assert len(set(names)) == len(names)
     assert [linear.role for linear in decoder.linears].count("head") == 1
     assert [table.role for table in decoder.tables].count("token") == 1
-    vectors = {vector.graph_name for vector in decoder.vectors}
     for linear in decoder.linears:
         assert (linear.layer is None) == (linear.role == "head")
-        assert set(linear.norm) <= vectors, "a norm in front of a linear is one of the model's"
         assert bool(linear.bias) == bool(linear.graph_biases)
     for layer in range(decoder.layers):
         roles = [linear.role for linear in decoder.linears if linear.layer == layer]
         assert roles in (["qkv", "attention_output", "gate_up", "down"], ["qkv", "attention_output", "up", "down"])
+
+
+class Recorder:
+    """Answers a forward pass with small numbers, notes what it asks for, and checks what it hands over."""
+
+    def __init__(self, decoder: Decoder, tokens: int) -> None:
+        self._linears = {linear.name: linear for linear in decoder.linears}
+        self._vectors = {vector.graph_name: vector.size for vector in decoder.vectors}
+        self._tables = {table.name: table for table in decoder.tables}
+        self._tokens, self._random = tokens, np.random.default_rng(0)
+        self.linears: list[str] = []
+        self.observed: list[str] = []
+        self.vectors: list[str] = []
+        self.tables: dict[str, list[int]] = {}
+
+    def _made(self, *shape: int) -> FloatArray:
+        return self._random.standard_normal(shape).astype(np.float32)
+
+    def rows(self, table: str, indices: npt.NDArray[np.int64]) -> FloatArray:
+        self.tables[table] = indices.tolist()
+        assert indices.min() >= 0 and indices.max() < self._tables[table].rows
+        return self._made(len(indices), self._tables[table].columns)
+
+    def vector(self, name: str) -> FloatArray:
+        self.vectors.append(name)
+        return self._made(self._vectors[name])
+
+    def linear(self, name: str, inputs: FloatArray) -> FloatArray:
+        self.observe(name, inputs)
+        self.observed.pop()
+        return self._made(self._tokens, self._linears[name].out_features)
+
+    def observe(self, name: str, inputs: FloatArray) -> None:
+        assert inputs.shape == (self._tokens, self._linears[name].in_features), name
+        assert inputs.dtype == np.float32, name
+        self.linears.append(name)
+        self.observed.append(name)
+
+
+def test_a_forward_pass_meets_every_linear_once_in_the_plans_order(
+    model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]],
+) -> None:
+    """Whoever waits for a linear's statistics would wait for ever for one that is left out."""
+    decoder = describe(model)
+    tokens = np.array([5, 0, decoder.vocab_size - 1, 5, 77, 3, 2], np.int64)
+    runner = Recorder(decoder, len(tokens))
+    load_family(model[0]).forward(model[0], decoder, tokens, runner)
+    assert runner.linears == [linear.name for linear in decoder.linears]
+    assert runner.observed == [linear.name for linear in decoder.linears if linear.role == "head"]
+    assert Counter(runner.vectors) == Counter(vector.graph_name for vector in decoder.vectors)
+    expected = {"token": tokens.tolist(), "position": list(range(len(tokens)))}
+    assert runner.tables == {table.name: expected[table.role] for table in decoder.tables}
 
 
 def test_a_missing_tensor_is_named(model: tuple[Mapping[str, Any], Mapping[str, TensorInfo]]) -> None:

@@ -19,15 +19,17 @@ from tiny_models import VOCABULARY
 
 TOLERANCE = 2e-4
 EXACT = "quantize.accuracy_level=0"
+FLOAT32, TABLE = "quantize.scale_format=float32", "quantize.roles.embedding"
 VARIANTS = {
-    "symmetric": (),
-    "asymmetric": ("quantize.symmetric=false",),
-    "padded": ("quantize.block_size=128", "quantize.roles.embedding.block_size=64", "quantize.symmetric=false"),
-    "int8": ("quantize.bits=8", "quantize.symmetric=false"),
-    "int2": ("quantize.bits=2",),
+    "profile": (),
+    "symmetric": (FLOAT32, f"{TABLE}.symmetric=true", f"{TABLE}.block_size=32"),
+    "asymmetric": (FLOAT32, "quantize.symmetric=false"),
+    "padded": (FLOAT32, "quantize.block_size=128", f"{TABLE}.block_size=64", "quantize.symmetric=false"),
+    "int8": (FLOAT32, "quantize.bits=8", "quantize.symmetric=false"),
+    "int2": ("quantize.bits=2", f"{TABLE}.block_size=64"),
     "float16-scales": ("quantize.scale_format=float16",),
-    "int8-scales": ("quantize.scale_format=int8", "quantize.symmetric=false"),
-    "mixed": ("quantize.roles.down.bits=8", "quantize.roles.embedding.bits=8", "quantize.roles.qkv.bits=32"),
+    "int8-scales": ("quantize.symmetric=false",),
+    "mixed": ("quantize.roles.down.bits=8", f"{TABLE}.bits=8", "quantize.roles.qkv.bits=32"),
 }
 
 

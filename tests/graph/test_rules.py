@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from compress import pipeline, weights
 from compress.errors import CompressError
 from compress.graph.decoder import OPSET, DecoderGraph, build_decoder
 from compress.graph.rules import logits_to_keep, long_rope
+from compress.package.writer import DataFile
 from compress.plan import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.quantize import load_quantizer
@@ -55,7 +57,8 @@ def prepare(tiny_model: Callable[[str], Path], skeletons: Skeletons, tmp_path: P
         recipe = load_profile(profile, overrides)
         with open_checkpoint(str(tiny_model(name))) as checkpoint:
             plan = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
-            inline = weights.read_inline(plan, checkpoint, load_quantizer("rtn"))
+            with DataFile(tmp_path / f"{uuid4()}.data", plan.data_bytes) as data:
+                inline = weights.write_weights(plan, checkpoint, load_quantizer("rtn"), data, calibrate=None, threads=1)
         skeletons.build(tiny_model(name), tmp_path / f"{name}.onnx")
         return Prepared(tmp_path / f"{name}.onnx", plan, recipe, inline)
 
@@ -159,11 +162,12 @@ def test_tied_table_is_one_run_of_bytes_under_two_shapes(prepare: Prepare) -> No
         table, blocked = embedding.inputs[0], head.inputs[1]
         assert table is not None and blocked is not None and table is not blocked
         assert embedding.inputs[2] is head.inputs[2], "the scales are one initializer"
+        assert embedding.inputs[3] is head.inputs[3], "so are the zero points"
         first, second = table.const_value, blocked.const_value
         assert isinstance(first, ir.ExternalTensor) and isinstance(second, ir.ExternalTensor)
         assert (first.offset, first.length) == (second.offset, second.length)
         assert list(table.shape or ()) == [384, 32]
-        assert list(blocked.shape or ()) == [384, 2, 16]
+        assert list(blocked.shape or ()) == [384, 4, 8], "blocks of 16 columns, 8 bytes each"
 
 
 def test_untied_head_has_its_own_bytes(prepare: Prepare) -> None:
@@ -175,7 +179,7 @@ def test_untied_head_has_its_own_bytes(prepare: Prepare) -> None:
 
 
 def test_quantized_nodes_say_how_they_are_stored(prepare: Prepare) -> None:
-    prepared = prepare("llama", "arm-int4", "quantize.roles.down.bits=8", "quantize.symmetric=false")
+    prepared = prepare("mistral", "arm-int4", "quantize.roles.down.bits=8", "quantize.symmetric=false")
     nodes = [node for node in prepared.build().model.graph if node.op_type == "MatMulNBits"]
     for node in nodes:
         down = "down_proj" in (node.inputs[1].name or "")

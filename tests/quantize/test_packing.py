@@ -152,9 +152,7 @@ def test_matmul_nbits_reads_these_bytes(
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("columns", [64, 96, 132])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_gather_block_quantized_reads_these_bytes(
-    bits: int, columns: int, symmetric: bool, dequantize: Any
-) -> None:
+def test_gather_block_quantized_reads_these_bytes(bits: int, columns: int, symmetric: bool, dequantize: Any) -> None:
     scheme = Scheme(bits, 32, symmetric)
     rows = random_rows(11, columns, scheme)
     data: dict[str, npt.NDArray[Any]] = {"t": packing.pack_table(rows.codes, scheme, columns)}

@@ -241,7 +241,8 @@ def test_manifest_and_side_files(adapter: Path, tiny_model: Tiny, caplog: pytest
     assert merged.identifier == f"{plain.identifier}+adapter"
     names = [file.name for file in merged.files()]
     assert set(names) == {file.name for file in plain.files()} | {
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
     }
     assert merged.directory == plain.directory
     # A tokenizer that the adapter brings replaces the base's whole; a template alone only joins it.

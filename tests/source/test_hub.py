@@ -57,15 +57,39 @@ def test_only_what_is_needed_is_fetched(tmp_path: Path, tiny_model: Tiny, monkey
 def test_patterns() -> None:
     """A repository's files, through huggingface_hub's own filter."""
     wanted = [
-        "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
     ]
     unwanted = [
-        "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.onnx", "onnx/model.onnx", "tf_model.h5",
-        "model-q4.gguf", "original/consolidated.00.pth", "original/tokenizer.model", "consolidated.safetensors",
-        "model.fp16.safetensors", "fp16/model.safetensors", "model-x/y-of-2.safetensors", "flax_model.msgpack",
-        "modeling_own.py", "README.md", "training_args.bin", ".gitattributes", "onnx/config.json",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "model.onnx",
+        "onnx/model.onnx",
+        "tf_model.h5",
+        "model-q4.gguf",
+        "original/consolidated.00.pth",
+        "original/tokenizer.model",
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "fp16/model.safetensors",
+        "model-x/y-of-2.safetensors",
+        "flax_model.msgpack",
+        "modeling_own.py",
+        "README.md",
+        "training_args.bin",
+        ".gitattributes",
+        "onnx/config.json",
     ]
     passed = filter_repo_objects(wanted + unwanted, allow_patterns=ALL_PATTERNS, ignore_patterns=IGNORED_PATTERNS)
     assert list(passed) == wanted
