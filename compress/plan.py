@@ -112,13 +112,13 @@ class Plan:
 
     @property
     def weight_count(self) -> int:
-        """Parameters, each counted once."""
-        return sum(fate.rows * fate.columns for fate in self.fates)
+        """Parameters, each counted once; tables that the graph computes itself (rotary) are none."""
+        return sum(fate.rows * fate.columns for fate in self.fates if fate.reads)
 
     @property
     def bits_per_weight(self) -> float:
         """Mean bits a parameter takes in ``model.onnx.data``, scales included."""
-        return 8 * sum(fate.nbytes for fate in self.fates) / self.weight_count
+        return 8 * sum(fate.nbytes for fate in self.fates if fate.reads) / self.weight_count
 
 
 def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Plan:
