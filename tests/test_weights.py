@@ -283,12 +283,13 @@ def test_threads_and_chunks_do_not_change_the_bytes(
             assert path.read_bytes() == expected, (threads, chunk)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_progress_ends_at_the_total(
-    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "CHUNK_WEIGHTS", 4096)
     seen: list[tuple[int, int]] = []
-    with open_checkpoint(str(tiny_model("gpt2"))) as checkpoint:
+    with open_checkpoint(str(tiny_model(name))) as checkpoint:
         plan = plan_of(checkpoint, "arm-int4")
         write(
             checkpoint,
