@@ -18,7 +18,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from compress.contracts import Checkpoint, Family, FloatArray
-from compress.errors import SourceError
+from compress.errors import CompressError, SourceError
 from compress.plan import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
 from compress.weights import Stopped
@@ -48,6 +48,9 @@ class RandomTokens:
         # One BLAS thread: the order of summation, and so the artifact's bytes, must not depend on the machine's cores.
         with threadpool_limits(limits=1, user_api="blas"), np.errstate(all="ignore"):
             self._family.forward(self._checkpoint.config, self._plan.decoder, self._tokens, self)
+        forgotten = [name for name, ready in self._ready.items() if not ready.is_set()]
+        if forgotten:  # quantization would wait for it for ever
+            raise CompressError("the family's forward pass leaves out a linear that it describes", where=forgotten[0])
 
     def importance(self, fate: Fate) -> FloatArray | None:
         """Return float32 ``[columns]``, the largest between one half and one; ``None`` for a table that no head shares.
