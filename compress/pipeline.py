@@ -139,9 +139,9 @@ def build(
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
-    with stages.stage("skeleton"):
-        build_skeleton(checkpoint.directory, skeleton)
-    with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+    # The skeleton's worker only needs the config, the weights only their places: one core can do each.
+    with ThreadPoolExecutor(1) as background, DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+        built = background.submit(build_skeleton, checkpoint.directory, skeleton)
         with stages.stage("weights", unit="weights") as meter:
             inline = weights.write_weights(
                 plan,
@@ -153,6 +153,7 @@ def build(
                 progress=meter,
             )
         with stages.stage("graph"):
+            built.result()
             graph = build_decoder(skeleton, plan, profile, inline, data_name=DATA_NAME)
             for name, array in graph.constants.items():
                 place = plan.by_name[name].stored[0].offset
