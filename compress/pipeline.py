@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from compress import catalog, resources, weights
 from compress.contracts import Checkpoint, Decoder
 from compress.errors import EXIT_OK, UsageError
 from compress.families import load_family
-from compress.package import genai, manifest, staging
+from compress.package import genai, load_target, manifest, staging
 from compress.package.writer import DataFile, require_space
 from compress.plan import Plan, make_plan
 from compress.profile import Profile
@@ -29,7 +30,6 @@ from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.validate import text
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
-_TARGETS = {"genai"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def export(
         CompressError: Anything that went wrong; nothing is left behind then.
     """
     staging.check_output(output)
-    _check_targets(profile)
+    _targets(profile)
     if options.validate and options.eval_text is not None:
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     with model.open() as checkpoint:
@@ -166,7 +166,8 @@ def build(
         for name, path in checkpoint.sidecars().items():
             shutil.copyfile(path, directory / name)
         shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
-        genai.write(directory, plan.decoder, checkpoint, inputs=inputs)
+        for target in _targets(profile):
+            target.write(directory, plan.decoder, checkpoint, inputs=inputs)
 
 
 def _calibration(
@@ -180,7 +181,5 @@ def _calibration(
     return partial(RandomTokens, plan, checkpoint, load_family(checkpoint.config), seed)
 
 
-def _check_targets(profile: Profile) -> None:
-    unknown = [target for target in profile.targets if target not in _TARGETS]
-    if unknown:
-        raise UsageError(f"no packager for target {unknown[0]!r}", where=f"profile {profile.name}", hint="known: genai")
+def _targets(profile: Profile) -> list[ModuleType]:
+    return [load_target(name, where=f"profile {profile.name}") for name in profile.targets]

@@ -15,6 +15,7 @@ from compress.errors import SourceError
 from compress.package.staging import write_file
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
+TARGET = "genai"
 NAME = "genai_config.json"
 GENERATION_NAME = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
