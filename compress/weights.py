@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from compress.allocator import keep_buffers
 from compress.contracts import Checkpoint, FloatArray, Quantizer
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
@@ -84,6 +85,7 @@ def write_weights(
     Raises:
         SourceError: A weight is NaN or infinite (which tensor, which element), or cannot be read.
     """
+    keep_buffers()
     stopped = threading.Event()
     calibration = calibrate(stopped) if calibrate is not None else None
     stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress)
