@@ -1,8 +1,8 @@
 """What a run will take: peak memory of every stage, predicted from sizes alone and held against ``--max-memory``.
 
 Constants are the resident set of a process that has only imported its libraries, measured on Linux x86-64 with the
-versions pinned in pyproject.toml; the rest follows from the buffers that the code holds. Predictions are for the
-largest single process: stages run one after another, workers end before the next one starts.
+versions pinned in pyproject.toml; the rest follows from the buffers that the code holds. A stage's prediction is
+for all its processes together: while weights stream, the skeleton's worker runs beside them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Prediction:
-    """Peak bytes of the largest process in each stage."""
+    """Peak bytes of each stage."""
 
     graph: int
     weights: int
@@ -42,8 +42,8 @@ class Prediction:
 
     @property
     def export(self) -> int:
-        """Return the peak without validation."""
-        return max(self.graph, self.weights)
+        """Return the peak without validation: the skeleton's worker runs beside the weights."""
+        return self.graph + self.weights
 
 
 def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
@@ -51,7 +51,8 @@ def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
     rope = plan.decoder.rope_shape
     # The skeleton's rotary tables exist as arrays, as protobuf fields and as the serialized file at once.
     rope_bytes = 2 * _FLOAT * rope[0] * rope[1] if rope is not None else 0
-    weights = _MAIN + 2 * rope_bytes + threads * max(_task_bytes(fate) for fate in plan.fates)
+    # One thread more than quantize: the random-token pass reads rows just ahead of them.
+    weights = _MAIN + 2 * rope_bytes + (threads + 1) * max(_task_bytes(fate) for fate in plan.fates)
     return Prediction(graph=_SKELETON + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile))
 
 
