@@ -151,6 +151,7 @@ def build(
                 calibrate=_calibration(checkpoint, plan, profile, seed),
                 threads=threads,
                 progress=meter,
+                beside=(built,),
             )
         with stages.stage("graph"):
             built.result()

@@ -8,7 +8,7 @@ other and written wherever they belong.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +67,7 @@ def write_weights(
     calibrate: Callable[[threading.Event], Calibration] | None,
     threads: int,
     progress: Progress | None = None,
+    beside: Sequence[Future[None]] = (),
 ) -> dict[str, AnyArray]:
     """Write every weight of the plan to its place in the data file.
 
@@ -78,6 +79,7 @@ def write_weights(
         calibrate: Makes what finds out each weight's importance, given the event that stops it; ``None``: nothing does.
         threads: Threads that quantize; the bytes do not depend on them.
         progress: Called with weights done and weights in all.
+        beside: Other work of the same export: its failure ends this too, at once.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -93,7 +95,8 @@ def write_weights(
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
         ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
     ):
-        futures: list[Future[None]] = [ahead.submit(calibration.run)] if calibration is not None else []
+        futures = [*beside]
+        futures += [ahead.submit(calibration.run)] if calibration is not None else []
         futures += [pool.submit(stream.run, task) for task in _tasks(plan)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
