@@ -183,6 +183,23 @@ def test_a_stopped_process_leaves_nothing(tiny_model: Callable[[str], Path], tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_inside_an_exec_still_ends_with_our_exit_code(tmp_path: Path) -> None:
+    # An import that makes a dataclass executes a string: CPython would then end `python -m` by signal, not by code.
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from compress import cli\n"
+        "cli.cli.main = lambda **_: exec('raise KeyboardInterrupt')\n"
+        "cli.main([]) if sys.argv[1:] else cli.cli.main()\n"
+    )
+
+    def end(*arguments: str) -> int:
+        command = [sys.executable, "-m", "interrupted", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode
+
+    assert end("handled") == 130
+    assert end() == -signal.SIGINT  # the control: an interrupt that nobody handles
+
+
 @pytest.mark.parametrize(
     ("arguments", "what", "remedy"),
     [
