@@ -376,8 +376,8 @@ def run(arguments: list[str] | None = None) -> int:
         code = cli.main(args=words, prog_name="compress", standalone_mode=False)
         return int(code or EXIT_OK)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        # CPython remembers an interrupt that passed through an exec of a string (a dataclass being made during an import
-        # is one) and ends a `python -m` by that signal instead of by our exit code; running another string forgets it.
+        # CPython remembers an interrupt that passed through an exec of a string (an import that makes a dataclass is
+        # enough) and ends `python -m` by that signal instead of by our exit code; running another string forgets it.
         exec("")
         return _fail("interrupted", EXIT_INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as error:
