@@ -91,7 +91,9 @@ class Checkpoint(Protocol):
 
 # ---------------------------------------------------------------------------------------------------------- family
 
-Role = Literal["qkv", "attention_output", "gate_up", "up", "down", "head", "embedding"]
+Role = Literal[
+    "qkv", "attention_output", "gate_up", "up", "down", "head", "embedding", "projection", "pooler", "classifier"
+]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Linear:
         bias: Where the bias comes from, in order; empty without one.
         graph_weights: The skeleton's initializers that the stacked weight replaces, in order.
         graph_biases: The same for the bias.
+
+    Of an encoder, ``layer`` counts the weights: a layer that is run several times (ALBERT) has one.
     """
 
     name: str
@@ -143,7 +147,7 @@ class Table:
     columns: int
     source: Slice
     graph_name: str
-    role: Literal["token", "position"] = "token"
+    role: Literal["token", "position", "type"] = "token"
 
 
 @dataclass(frozen=True)
@@ -155,19 +159,18 @@ class Vector:
     size: int
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A decoder as its family reads it from config and tensor headers; sizes in elements.
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """A model as its family reads it from config and tensor headers; sizes in elements.
 
-    ``rope_shape`` is the shape of the rotary cosine table (the sine table's too), ``None`` without rotary embedding.
-    ``rope_switch``: sequences longer than this read the table from that row on (LongRoPE's two sets of factors).
+    ``layers`` counts the times a block is run, ``context_length`` the most positions it knows. ``tied``: the head's
+    weight is the token table.
     """
 
     model_type: str
     layers: int
     hidden_size: int
     heads: int
-    kv_heads: int
     head_dim: int
     vocab_size: int
     context_length: int
@@ -175,9 +178,36 @@ class Decoder:
     tables: tuple[Table, ...]
     linears: tuple[Linear, ...]
     vectors: tuple[Vector, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Structure):
+    """A model that writes text.
+
+    ``rope_shape`` is the shape of the rotary cosine table (the sine table's too), ``None`` without rotary embedding.
+    ``rope_switch``: sequences longer than this read the table from that row on (LongRoPE's two sets of factors).
+    """
+
+    kv_heads: int
     genai_type: str
     rope_shape: tuple[int, int] | None = None
     rope_switch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Structure):
+    """A model that reads text at once: an embedding of it, or a task's scores.
+
+    Attributes:
+        task: Its task's name in :mod:`compress.tasks`.
+        inputs: Graph inputs in order: ``input_ids``, ``attention_mask`` and, where it has them, ``token_type_ids``;
+            each int64 ``[batch, sequence]``.
+        labels: Names of a classifier's outputs, in order; empty for other tasks.
+    """
+
+    task: str
+    inputs: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 class Runner(Protocol):
@@ -206,14 +236,19 @@ class Family(Protocol):
     model_type: str
     architectures: tuple[str, ...]
 
-    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
-        """Read the structure from config and headers alone.
+    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Structure:
+        """Read the structure from config and headers alone: a :class:`Decoder` or an :class:`Encoder`.
 
         Raises:
             SourceError: Config and tensor shapes disagree, or a tensor is missing.
             UnsupportedModelError: The config asks for something that has no implementation.
         """
         ...
+
+
+@runtime_checkable
+class ForwardFamily(Family, Protocol):
+    """A family whose blocks can be run tensor by tensor, for the statistics of their inputs."""
 
     def forward(
         self, config: Mapping[str, Any], decoder: Decoder, tokens: npt.NDArray[np.int64], runner: Runner
@@ -228,20 +263,27 @@ class Family(Protocol):
 # -------------------------------------------------------------------------------------------------------- quantize
 
 
+#: What a product does with its inputs: ``none`` keeps them in float32; ``dynamic`` rounds them to 8 bits with a range
+#: found at run time, ``static`` with one found by calibration. Both multiply integers.
+Activations = Literal["none", "dynamic", "static"]
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How a weight is stored: ``bits`` per code, one scale per ``block_size`` columns, zero point or not.
 
     Codes are unsigned, ``0 .. 2**bits - 1``. Symmetric schemes fix the zero point at ``2**(bits-1)``.
+    ``block_size`` 0 is one block a row: a scale an output channel. Integer products (``activations``) need that.
     """
 
     bits: int
     block_size: int
     symmetric: bool
+    activations: Activations = "none"
 
     def blocks(self, columns: int) -> int:
         """Return the number of blocks a row of ``columns`` has; the last one may be partly filled."""
-        return -(-columns // self.block_size)
+        return -(-columns // (self.block_size or columns))
 
 
 #: How scales are stored: float32 or float16 a block, or int8 a block times one float32 a row.

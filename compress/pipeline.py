@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from compress import catalog, resources, weights
-from compress.contracts import Checkpoint, Decoder
+from compress.contracts import Checkpoint, ForwardFamily, Structure
 from compress.errors import EXIT_OK, UsageError
 from compress.families import load_family
 from compress.package import genai, load_target, manifest, staging
@@ -78,7 +78,7 @@ class ExportResult:
     exit_code: int
 
 
-def describe(checkpoint: Checkpoint) -> Decoder:
+def describe(checkpoint: Checkpoint) -> Structure:
     """Read the model's structure through its family."""
     return load_family(checkpoint.config).describe(checkpoint.config, checkpoint.tensors())
 
@@ -177,9 +177,12 @@ def _calibration(
     """Return what makes the source of importance, ``None`` where the profile or the plan needs none."""
     if profile.quantize.importance == "none" or all(fate.scheme is None for fate in plan.fates):
         return None
+    family = load_family(checkpoint.config)
+    if not isinstance(family, ForwardFamily):
+        return None
     from compress.calibrate.random_tokens import RandomTokens
 
-    return partial(RandomTokens, plan, checkpoint, load_family(checkpoint.config), seed)
+    return partial(RandomTokens, plan, checkpoint, family, seed)
 
 
 def _targets(profile: Profile) -> list[ModuleType]:

@@ -1,6 +1,6 @@
 """The plan: every tensor's fate, where its bytes will lie, and what that costs, from config and headers alone.
 
-Requires a :class:`~compress.contracts.Decoder` and a :class:`~compress.profile.Profile`; ensures that every byte of
+Requires a :class:`~compress.contracts.Structure` and a :class:`~compress.profile.Profile`; ensures that every byte of
 ``model.onnx.data`` has an owner before work starts, so that the writer needs no order and the predicted size is exact.
 """
 
@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from compress.contracts import Checkpoint, Decoder, Linear, Role, ScaleFormat, Scheme, Slice, Table, TensorInfo
+from compress.contracts import (
+    Checkpoint,
+    Decoder,
+    Linear,
+    Role,
+    ScaleFormat,
+    Scheme,
+    Slice,
+    Structure,
+    Table,
+    TensorInfo,
+)
 from compress.errors import UsageError
 from compress.profile import Profile
 from compress.providers import load as load_provider
@@ -87,11 +98,17 @@ class Plan:
 
     model_type: str
     profile: str
-    decoder: Decoder
+    structure: Structure
     scale_format: ScaleFormat
     fates: tuple[Fate, ...]
     data_bytes: int
     source_bytes: int
+
+    @property
+    def decoder(self) -> Decoder:
+        """Return the structure of a model that writes text."""
+        assert isinstance(self.structure, Decoder), f"{self.model_type} is not a decoder"
+        return self.structure
 
     @cached_property
     def by_name(self) -> Mapping[str, Fate]:
@@ -121,7 +138,7 @@ class Plan:
         return 8 * sum(fate.nbytes for fate in self.fates if fate.reads) / self.weight_count
 
 
-def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Plan:
+def make_plan(structure: Structure, profile: Profile, checkpoint: Checkpoint) -> Plan:
     """Assign a scheme and a place in the file to every tensor.
 
     Raises:
@@ -129,18 +146,18 @@ def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Pla
     """
     layout = _Layout()
     fates: list[Fate] = []
-    for table in decoder.tables:
-        fates.append(_plan_table(table, decoder, profile, layout))
-    for linear in decoder.linears:
-        if linear.role == "head" and decoder.tied:
+    for table in structure.tables:
+        fates.append(_plan_table(table, structure, profile, layout))
+    for linear in structure.linears:
+        if linear.role == "head" and structure.tied:
             continue
         scheme = _checked(profile, linear.role)
         fates.append(_plan_linear(linear, scheme, profile, layout))
         if linear.bias:
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
-    for vector in decoder.vectors:
+    for vector in structure.vectors:
         fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
-    if decoder.rope_shape is not None:
+    if isinstance(structure, Decoder) and structure.rope_shape is not None:
         # The skeleton computes the rotary tables; here they only need a place.
         for name in ("cos_cache", "sin_cache"):
             fates.append(
@@ -148,20 +165,20 @@ def make_plan(decoder: Decoder, profile: Profile, checkpoint: Checkpoint) -> Pla
                     name,
                     "vector",
                     None,
-                    *decoder.rope_shape,
+                    *structure.rope_shape,
                     None,
                     (),
-                    layout.place((name, "float32", decoder.rope_shape)),
+                    layout.place((name, "float32", structure.rope_shape)),
                 )
             )
     return Plan(
-        model_type=decoder.model_type,
+        model_type=structure.model_type,
         profile=profile.name,
-        decoder=decoder,
+        structure=structure,
         scale_format=profile.quantize.scale_format,
         fates=tuple(fates),
         data_bytes=layout.end,
-        source_bytes=_source_bytes(decoder, checkpoint.tensors()),
+        source_bytes=_source_bytes(structure, checkpoint.tensors()),
     )
 
 
@@ -194,10 +211,10 @@ def _checked(profile: Profile, role: Role) -> Scheme | None:
     return scheme
 
 
-def _plan_table(table: Table, decoder: Decoder, profile: Profile, layout: _Layout) -> Fate:
+def _plan_table(table: Table, structure: Structure, profile: Profile, layout: _Layout) -> Fate:
     # Position tables are small and every token reads one row of them: quantizing them saves nothing worth its error.
     scheme = _checked(profile, "embedding") if table.role == "token" else None
-    tied = decoder.tied and table.role == "token"
+    tied = structure.tied and table.role == "token"
     if scheme is None:
         stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
     else:
@@ -268,16 +285,18 @@ def _quantized(
     return tensors
 
 
-def _source_bytes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> int:
+def _source_bytes(structure: Structure, tensors: Mapping[str, TensorInfo]) -> int:
     """Return what the tensors take in the source; without headers, at the two bytes of a published checkpoint."""
-    names = {piece.tensor for linear in decoder.linears for piece in (*linear.weight, *linear.bias)}
-    names |= {table.source.tensor for table in decoder.tables} | {vector.source.tensor for vector in decoder.vectors}
+    names = {piece.tensor for linear in structure.linears for piece in (*linear.weight, *linear.bias)}
+    names |= {table.source.tensor for table in structure.tables}
+    names |= {vector.source.tensor for vector in structure.vectors}
     if tensors:
         return sum(tensors[name].nbytes for name in names)
-    count = sum(table.rows * table.columns for table in decoder.tables) + sum(vector.size for vector in decoder.vectors)
+    count = sum(table.rows * table.columns for table in structure.tables)
+    count += sum(vector.size for vector in structure.vectors)
     count += sum(
         item.out_features * (item.in_features + bool(item.bias))
-        for item in decoder.linears
-        if not (item.role == "head" and decoder.tied)
+        for item in structure.linears
+        if not (item.role == "head" and structure.tied)
     )
     return 2 * count

@@ -48,7 +48,7 @@ def prove(
     """
     names = tuple(provider_names) or (profile.provider,)
     require_providers(names)
-    measured, context = profile.validation, plan.decoder.context_length
+    measured, context = profile.validation, plan.structure.context_length
     prompt, new = _lengths(measured.prompt_tokens, measured.new_tokens, context)
     with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
         result = run_validation(

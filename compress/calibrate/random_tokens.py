@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from compress.contracts import Checkpoint, Family, FloatArray
+from compress.contracts import Checkpoint, FloatArray, ForwardFamily
 from compress.errors import CompressError, SourceError
 from compress.plan import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
@@ -29,7 +29,9 @@ TOKENS = 64
 class RandomTokens:
     """Second moments of every linear's inputs; implements :class:`compress.contracts.Runner` for the family."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, family: Family, seed: int, stopped: threading.Event) -> None:
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, family: ForwardFamily, seed: int, stopped: threading.Event
+    ) -> None:
         self._plan, self._checkpoint, self._family, self._stopped = plan, checkpoint, family, stopped
         names = {linear.name for linear in plan.decoder.linears}
         self._known: dict[str, FloatArray] = {}

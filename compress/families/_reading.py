@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from compress.contracts import Decoder, Linear, Slice, Table, TensorInfo, Vector
+from compress.contracts import Linear, Slice, Structure, Table, TensorInfo, Vector
 from compress.errors import SourceError, UnsupportedModelError
 
 _MAX_DIMENSION = 1 << 24
 _MAX_LAYERS = 1024
+_Structure = TypeVar("_Structure", bound=Structure)
 
 
 def dimension(config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_DIMENSION) -> int:
@@ -78,23 +79,23 @@ def heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return query, key_value, dimension(config, "head_dim", hidden // query)
 
 
-def check_shapes(decoder: Decoder, tensors: Mapping[str, TensorInfo]) -> Decoder:
+def check_shapes(structure: _Structure, tensors: Mapping[str, TensorInfo]) -> _Structure:
     """Check every source slice against the checkpoint's headers; with no headers (config only) nothing is checked.
 
     Raises:
         SourceError: A tensor is missing or has another shape than the config says.
     """
     if not tensors:
-        return decoder
-    for linear in decoder.linears:
+        return structure
+    for linear in structure.linears:
         _check_stack(linear, linear.weight, tensors, columns=linear.in_features)
         if linear.bias:
             _check_stack(linear, linear.bias, tensors, columns=None)
-    for table in decoder.tables:
+    for table in structure.tables:
         _check_one(table.source, (table.rows, table.columns), tensors, table)
-    for vector in decoder.vectors:
+    for vector in structure.vectors:
         _check_one(vector.source, (vector.size,), tensors, vector)
-    return decoder
+    return structure
 
 
 def _lookup(piece: Slice, tensors: Mapping[str, TensorInfo]) -> TensorInfo:

@@ -12,7 +12,9 @@ from functools import cache
 from pathlib import Path
 
 from compress.errors import SourceError
+from compress.families import load_family
 from compress.source.base import OpenCheckpoint, Source, require_tokenizer
+from compress.tasks import retask
 
 __all__ = ["OpenCheckpoint", "Source", "open_checkpoint", "require_tokenizer", "sources"]
 
@@ -32,6 +34,7 @@ def open_checkpoint(
     revision: str | None = None,
     cache_dir: Path | None = None,
     config_only: bool = False,
+    task: str | None = None,
 ) -> OpenCheckpoint:
     """Open a model for reading tensor by tensor.
 
@@ -41,6 +44,7 @@ def open_checkpoint(
         revision: Branch, tag or commit of a hub id.
         cache_dir: Where the hub kind keeps downloads; its default cache if not given.
         config_only: Do not fetch weights, and accept that there are none (``has_weights`` says so).
+        task: What the model shall do; default: what its architecture's head is for. The config then names that head.
 
     Returns:
         The checkpoint. Close it, or use it as a context, to release its files early.
@@ -48,7 +52,7 @@ def open_checkpoint(
     Raises:
         SourceError: The model, or the adapter, is missing, damaged, pickled or quantized already.
         UnsupportedModelError: The model would need code of its own, or its GGUF architecture has no mapping.
-        UsageError: A revision was given for something that has none.
+        UsageError: A revision was given for something that has none, or the model cannot do the task.
     """
     if not reference.strip() or "\0" in reference:
         raise SourceError("the model reference is empty or not a name", where=repr(reference))
@@ -57,11 +61,15 @@ def open_checkpoint(
         kinds = ", ".join(source.describes for source in sources())
         raise SourceError("this is not a model reference", where=reference, hint=f"give {kinds}, or a short name")
     base = source.open(reference, revision=revision, cache_dir=cache_dir, config_only=config_only)
-    if adapter is None:
-        return base
-    from compress.source.adapter import merge_adapter
-
     try:
+        if task is not None:
+            # The family of the model type: its own architecture may have a head that nobody exports.
+            family = load_family({"model_type": base.config.get("model_type")})
+            base.config = retask(base.config, task, family.architectures)
+        if adapter is None:
+            return base
+        from compress.source.adapter import merge_adapter
+
         return merge_adapter(base, adapter)
     except BaseException:
         base.close()

@@ -1,6 +1,6 @@
 """The worker that runs the source model in PyTorch: ``python -m compress.validate.reference`` (see ``protocol``).
 
-Request: ``checkpoint`` {reference, adapter, revision}, ``threads``, ``jobs``:
+Request: ``checkpoint`` {reference, adapter, revision, task}, ``threads``, ``jobs``:
 
 - ``logits``: ``windows`` (.npy int64 ``[windows, length]``) -> ``output`` (.npy float32 ``[windows * length, vocab]``),
   one decoder block in memory at a time;
@@ -41,7 +41,10 @@ def handle(request: Json, job: Path) -> Json:
     wanted = request["checkpoint"]
     adapter = wanted.get("adapter")
     checkpoint = open_checkpoint(
-        wanted["reference"], adapter=Path(adapter) if adapter else None, revision=wanted.get("revision")
+        wanted["reference"],
+        adapter=Path(adapter) if adapter else None,
+        revision=wanted.get("revision"),
+        task=wanted.get("task"),
     )
     jobs = request["jobs"]
     results = []

@@ -47,11 +47,12 @@ class CheckpointSpec:
     reference: str
     adapter: Path | None = None
     revision: str | None = None
+    task: str | None = None
 
     def as_request(self) -> Json:
         """Return it as the workers take it."""
         adapter = None if self.adapter is None else str(self.adapter)
-        return {"reference": self.reference, "adapter": adapter, "revision": self.revision}
+        return {"reference": self.reference, "adapter": adapter, "revision": self.revision, "task": self.task}
 
 
 @dataclass(frozen=True)

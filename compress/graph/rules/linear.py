@@ -40,13 +40,13 @@ class _Place:
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int) -> int:
     """Replace every linear of the plan; returns how many."""
-    for linear in plan.decoder.linears:
+    for linear in plan.structure.linears:
         place = _find(weights, linear)
-        tied = linear.role == "head" and plan.decoder.tied
-        fate = plan.by_name[plan.decoder.tables[0].name if tied else linear.name]
+        tied = linear.role == "head" and plan.structure.tied
+        fate = plan.by_name[plan.structure.tables[0].name if tied else linear.name]
         bias = plan.by_name.get(f"{linear.name}.bias")
         _replace(weights, linear, fate, bias, place, accuracy_level)
-    return len(plan.decoder.linears)
+    return len(plan.structure.linears)
 
 
 def _find(weights: Weights, linear: Linear) -> _Place:

@@ -18,7 +18,7 @@ from compress.plan import Plan
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     """Replace every table of the plan; returns how many."""
-    for table in plan.decoder.tables:
+    for table in plan.structure.tables:
         fate = plan.by_name[table.name]
         old = weights.skeleton(table.graph_name)
         gather = next((user for user, _ in old.uses() if user.op_type == "Gather"), None) if old is not None else None
@@ -49,4 +49,4 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
         )
         ir.convenience.replace_all_uses_with(gather.outputs[0], output)
         drop(graph, [gather])
-    return len(plan.decoder.tables)
+    return len(plan.structure.tables)
