@@ -30,6 +30,7 @@ from compress.source.base import (
 )
 from compress.source.files import contained
 from compress.source.safetensors_file import ITEM_BYTES, SafetensorsFile, row_range
+from compress.source.sentence_transformers import MODULES_NAME, SENTENCE_NAMES
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -249,8 +250,11 @@ class AdapterCheckpoint(BaseCheckpoint):
         if any(all(name in own for name in names) for names in VOCABULARIES):
             # A tokenizer is taken whole: a mixture of two would be neither.
             files = {name: path for name, path in files.items() if name not in TOKENIZER_NAMES}
+        if MODULES_NAME in own:
+            files = {name: path for name, path in files.items() if name not in SENTENCE_NAMES}
         directory = self._temporary_directory()
         for name, path in (files | own).items():
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, directory / name)
         shutil.copyfile(self._base.directory / CONFIG_NAME, directory / CONFIG_NAME)
         return directory

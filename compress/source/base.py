@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 from compress.contracts import Checkpoint, FloatArray, SourceFile, TensorInfo
 from compress.errors import SourceError, UnsupportedModelError
 from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object, sha256_of
+from compress.source.sentence_transformers import SENTENCE_NAMES
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
@@ -27,7 +28,14 @@ TOKENIZER_NAMES = (
     "tokenizer.model",
     "spiece.model",
 )
-SIDECAR_NAMES = (*TOKENIZER_NAMES, "generation_config.json", "chat_template.jinja", "chat_template.json")
+# Some lie in a folder of the model's directory: names with a `/`.
+SIDECAR_NAMES = (
+    *TOKENIZER_NAMES,
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *SENTENCE_NAMES,
+)
 # Each alternative is a set of files from which transformers builds a tokenizer.
 VOCABULARIES = (
     ("tokenizer.json",),
@@ -152,7 +160,7 @@ class BaseCheckpoint:
         return self._files
 
     def sidecars(self) -> Mapping[str, Path]:
-        """Return the tokenizer, template and generation files there are, by name."""
+        """Return the tokenizer, template, generation and sentence-transformers files there are, by name."""
         return find_sidecars(self.directory)
 
     def close(self) -> None:
@@ -187,6 +195,8 @@ class BaseCheckpoint:
 
 def find_sidecars(directory: Path) -> dict[str, Path]:
     """Return the files of ``directory`` that an artifact takes over unchanged, by name (``config.json`` is not one).
+
+    A name is relative to the directory, with ``/`` before a file in a folder (``1_Pooling/config.json``).
 
     Raises:
         SourceError: One of them is a link out of the directory, or not a regular file.

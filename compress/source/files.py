@@ -169,6 +169,22 @@ def read_json_object(path: Path, limit: int, label: str | None = None) -> dict[s
         SourceError: The file is too large, not JSON, not an object, or nested too deeply.
     """
     label = label or path.name
+    value = _read_json(path, limit, label)
+    if not isinstance(value, dict):
+        raise SourceError(f"the JSON holds a {type(value).__name__}, not an object", where=label)
+    return value
+
+
+def read_json_list(path: Path, limit: int, label: str | None = None) -> list[Any]:
+    """Read a JSON file that must hold a list; otherwise as :func:`read_json_object`."""
+    label = label or path.name
+    value = _read_json(path, limit, label)
+    if not isinstance(value, list):
+        raise SourceError(f"the JSON holds a {type(value).__name__}, not a list", where=label)
+    return value
+
+
+def _read_json(path: Path, limit: int, label: str) -> Any:
     try:
         with path.open("rb") as stream:
             text = stream.read(limit + 1)
@@ -184,9 +200,7 @@ def read_json_object(path: Path, limit: int, label: str | None = None) -> dict[s
         raise SourceError(
             f"the file is not JSON: {error}", where=label, hint="download or copy the model again"
         ) from error
-    if not isinstance(value, dict):
-        raise SourceError(f"the JSON holds a {type(value).__name__}, not an object", where=label)
-    if _depth_exceeds(value, MAX_JSON_DEPTH):
+    if isinstance(value, dict | list) and _depth_exceeds(value, MAX_JSON_DEPTH):
         raise SourceError("the JSON is nested too deeply", where=label)
     return value
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from compress.errors import CompressError, ResourceError, SourceError
 from compress.source.base import CONFIG_NAME, SIDECAR_NAMES, OpenCheckpoint
 from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME, DirectoryCheckpoint, has_all_weights
+from compress.source.sentence_transformers import SENTENCE_NAMES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-CONFIG_PATTERNS = [CONFIG_NAME]
+# How a sentence's vector is made is part of what a plan is made from.
+CONFIG_PATTERNS = [CONFIG_NAME, *SENTENCE_NAMES]
 # Never *.bin (pickled), *.onnx, *.gguf, or another copy of the weights (`original/`, `consolidated.safetensors`).
 ALL_PATTERNS = [CONFIG_NAME, *SIDECAR_NAMES, WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors"]
-IGNORED_PATTERNS = ["*/*"]
+# In these patterns `*` also stands for a `/`.
+IGNORED_PATTERNS = ["model-*/*"]
 
 
 def fetch(hub_id: str, *, revision: str | None, cache_dir: Path | None, config_only: bool) -> Path:

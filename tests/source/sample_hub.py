@@ -21,11 +21,13 @@ def fill_cache(cache: Path, model: Path, hub_id: str, *, leave_out: tuple[str, .
     (repository / "blobs").mkdir()
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    for number, file in enumerate(sorted(model.iterdir())):
-        if file.name not in leave_out:
+    for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        name = file.relative_to(model)
+        if name.as_posix() not in leave_out:
             blob = repository / "blobs" / f"{number:040x}"
             shutil.copyfile(file, blob)
-            (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+            (snapshot / name).parent.mkdir(exist_ok=True)
+            (snapshot / name).symlink_to(Path("../" * len(name.parts)) / "../blobs" / blob.name)
     return snapshot
 
 

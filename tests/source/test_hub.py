@@ -70,6 +70,10 @@ def test_patterns() -> None:
         "vocab.json",
         "merges.txt",
         "chat_template.jinja",
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
     ]
     unwanted = [
         "pytorch_model.bin",
@@ -90,11 +94,14 @@ def test_patterns() -> None:
         "training_args.bin",
         ".gitattributes",
         "onnx/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "x/1_Pooling/config.json",
     ]
     passed = filter_repo_objects(wanted + unwanted, allow_patterns=ALL_PATTERNS, ignore_patterns=IGNORED_PATTERNS)
     assert list(passed) == wanted
     passed = filter_repo_objects(wanted + unwanted, allow_patterns=CONFIG_PATTERNS, ignore_patterns=IGNORED_PATTERNS)
-    assert list(passed) == ["config.json"]
+    assert list(passed) == ["config.json", *wanted[-4:]]
 
 
 def test_config_only(tmp_path: Path, tiny_model: Tiny) -> None:
