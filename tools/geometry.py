@@ -238,10 +238,13 @@ def _gpt2_specs(config: Mapping[str, Any]) -> list[Spec]:
 
 
 class Weights:
-    """Makes the values of tensors, block by block."""
+    """Makes the values of tensors, block by block.
 
-    def __init__(self, hidden_size: int, seed: int, dtype: str) -> None:
-        self.seed, self.dtype = seed, dtype
+    ``tame`` is what norms of the residual stream multiply its outlier channels by.
+    """
+
+    def __init__(self, hidden_size: int, seed: int, dtype: str, *, tame: float = 0.25) -> None:
+        self.seed, self.dtype, self.hidden_size, self.tame = seed, dtype, hidden_size, tame
         rng = np.random.default_rng(seed)
         self.pool = rng.standard_normal(POOL, dtype=np.float32)
         # Trained models have a handful of residual channels many times larger than the rest, the same in every layer.
@@ -256,8 +259,8 @@ class Weights:
         if spec.kind in ("norm", "bias"):
             centre, spread = (1.0, 0.1) if spec.kind == "norm" else (0.0, 0.02)
             values = rng.normal(centre, spread, size=spec.shape).astype(np.float32)
-            if spec.kind == "norm":
-                values[self.outliers] *= 0.25  # a norm tames the channels that the stream lets grow
+            if spec.kind == "norm" and spec.shape == (self.hidden_size,):
+                values[self.outliers] *= self.tame  # a norm tames the channels that the stream lets grow
             yield _cast(values, self.dtype)
             return
         rows, columns = spec.shape
@@ -385,8 +388,12 @@ def write(
     tokens: dict[str, Any] = {key: config[key] for key in _SPECIAL if key in config}
     _dump(out / "generation_config.json", {"_from_model_config": True, **tokens})
     write_tokenizer(out, config)
-    groups = shards(specs(config), dtype, limit)
-    weights = Weights(config.get("hidden_size") or config["n_embd"], seed, dtype)
+    return write_weights(out, specs(config), Weights(config.get("hidden_size") or config["n_embd"], seed, dtype), limit)
+
+
+def write_weights(out: Path, wanted: list[Spec], weights: Weights, limit: int = SHARD_BYTES) -> int:
+    """Write the tensors into ``out``, an index too if there are several shards, and return the bytes of data."""
+    groups = shards(wanted, weights.dtype, limit)
     total = 0
     where: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
