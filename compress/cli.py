@@ -140,7 +140,7 @@ def export(
         max_memory=parse_size(max_memory) if max_memory is not None else None,
         seed=seed,
         validate=not no_validate,
-        **({"threads": threads} if threads else {}),
+        threads=threads or os.cpu_count() or 1,
     )
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     result = pipeline.export(_reference(model, adapter, revision), recipe, output, options, stages)

@@ -92,7 +92,17 @@ class Checkpoint(Protocol):
 # ---------------------------------------------------------------------------------------------------------- family
 
 Role = Literal[
-    "qkv", "attention_output", "gate_up", "up", "down", "head", "embedding", "projection", "pooler", "classifier"
+    "qkv",
+    "attention_output",
+    "gate_up",
+    "up",
+    "down",
+    "head",
+    "embedding",
+    "position",
+    "projection",
+    "pooler",
+    "classifier",
 ]
 
 

@@ -5,6 +5,7 @@ Every stage takes what the one before it made; none of them holds the model.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -16,17 +17,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress import catalog, resources, weights
-from compress.contracts import Checkpoint, ForwardFamily, Structure
+from compress import catalog, pooling, resources, weights
+from compress.contracts import Checkpoint, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, UsageError
 from compress.families import load_family
-from compress.package import genai, load_target, manifest, staging
+from compress.package import load_target, manifest, staging
 from compress.package.writer import DataFile, require_space
 from compress.plan import Plan, make_plan
 from compress.profile import Profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
+from compress.source.sentence_transformers import Pooling
+from compress.tasks import load_task
 from compress.validate import text
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
@@ -39,6 +42,15 @@ class ModelReference:
     reference: str
     adapter: Path | None = None
     revision: str | None = None
+    task: str | None = None
+
+    @property
+    def wanted_task(self) -> str | None:
+        """Return the task asked for, else the one a short name of the catalog stands for, else ``None``."""
+        if self.task is not None or Path(self.reference).exists():
+            return self.task
+        entry = catalog.resolve(self.reference)
+        return None if entry is None else load_task(entry.task).name
 
     @property
     def resolved(self) -> str:
@@ -54,7 +66,13 @@ class ModelReference:
 
     def open(self, *, config_only: bool = False) -> OpenCheckpoint:
         """Open it; see :func:`compress.source.open_checkpoint`."""
-        return open_checkpoint(self.resolved, adapter=self.adapter, revision=self.revision, config_only=config_only)
+        return open_checkpoint(
+            self.resolved,
+            adapter=self.adapter,
+            revision=self.revision,
+            config_only=config_only,
+            task=self.wanted_task,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,7 @@ class ExportOptions:
     """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""
 
     eval_text: Path | None = None
+    eval_labels: Path | None = None
     max_memory: int | None = None
     seed: int = 0
     validate: bool = True
@@ -98,13 +117,17 @@ def export(
     with model.open() as checkpoint:
         with stages.stage("plan"):
             require_tokenizer(checkpoint)
-            genai.read_generation(checkpoint)  # a damaged one is found out now, not after the weights
-            plan = make_plan(describe(checkpoint), profile, checkpoint)
+            structure = describe(checkpoint)
+            for target in _targets(profile):
+                if target.applies(structure):
+                    target.check(checkpoint)  # what is damaged is found out now, not after the weights
+            pool = pooling.resolve(structure, profile, checkpoint)
+            plan = make_plan(structure, profile, checkpoint)
             resources.check(plan, profile, options)
             require_space(output, plan.predicted_bytes)
         with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
             digests = background.submit(checkpoint.files)
-            build(checkpoint, plan, profile, directory, options.threads, stages, seed=options.seed)
+            fired = build(checkpoint, plan, profile, directory, options.threads, stages, seed=options.seed, pool=pool)
             record = manifest.build_manifest(
                 checkpoint,
                 profile,
@@ -112,6 +135,7 @@ def export(
                 files=digests.result(),
                 adapter={"directory": model.adapter.name} if model.adapter else None,
             )
+            record["fusions"] = dict(fired)
             report, status, code = None, "built", EXIT_OK
             if options.validate:
                 from compress import proof
@@ -132,16 +156,21 @@ def build(
     stages: Stages,
     *,
     seed: int = 0,
-) -> None:
-    """Build graph, weights and package files into an existing directory; no validation, no manifest."""
+    pool: Pooling | None = None,
+) -> Mapping[str, int]:
+    """Build graph, weights and package files into an existing directory; no validation, no manifest.
+
+    Returns how often each graph rule fired.
+    """
     # Imported here: the graph library is not needed to plan, list or explain.
-    from compress.graph.decoder import build_decoder, serialize
+    from compress.graph.build import build_graph
+    from compress.graph.finished import serialize
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background, DataFile(directory / DATA_NAME, plan.data_bytes) as data:
-        built = background.submit(build_skeleton, checkpoint.directory, skeleton)
+        built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
         with stages.stage("weights", unit="weights") as meter:
             inline = weights.write_weights(
                 plan,
@@ -155,7 +184,7 @@ def build(
             )
         with stages.stage("graph"):
             built.result()
-            graph = build_decoder(skeleton, plan, profile, inline, data_name=DATA_NAME)
+            graph = build_graph(skeleton, plan, profile, inline, data_name=DATA_NAME, pool=pool)
             for name, array in graph.constants.items():
                 place = plan.by_name[name].stored[0].offset
                 if place is not None:
@@ -163,12 +192,29 @@ def build(
             skeleton.unlink()
     with stages.stage("package"):
         serialize(graph.model, directory / GRAPH_NAME)
+        _copy_files(checkpoint, directory)
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
-        for name, path in checkpoint.sidecars().items():
-            shutil.copyfile(path, directory / name)
-        shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
         for target in _targets(profile):
-            target.write(directory, plan.decoder, checkpoint, inputs=inputs)
+            if target.applies(plan.structure):
+                target.write(directory, plan.structure, checkpoint, inputs=inputs)
+    return graph.fired
+
+
+def _encoder_task(plan: Plan) -> str:
+    return plan.structure.task if isinstance(plan.structure, Encoder) else ""
+
+
+def _copy_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Take over the model's side files and its config, whose architecture is the one that was exported."""
+    for name, path in checkpoint.sidecars().items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)
+    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    if config.get("architectures") == checkpoint.config.get("architectures"):
+        shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
+    else:
+        config["architectures"] = checkpoint.config["architectures"]
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _calibration(

@@ -149,10 +149,8 @@ def make_plan(structure: Structure, profile: Profile, checkpoint: Checkpoint) ->
     for table in structure.tables:
         fates.append(_plan_table(table, structure, profile, layout))
     for linear in structure.linears:
-        if linear.role == "head" and structure.tied:
-            continue
-        scheme = _checked(profile, linear.role)
-        fates.append(_plan_linear(linear, scheme, profile, layout))
+        if not (linear.role == "head" and structure.tied):
+            fates.append(_plan_linear(linear, _checked(profile, linear.role), profile, layout))
         if linear.bias:
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
     for vector in structure.vectors:
@@ -212,8 +210,9 @@ def _checked(profile: Profile, role: Role) -> Scheme | None:
 
 
 def _plan_table(table: Table, structure: Structure, profile: Profile, layout: _Layout) -> Fate:
-    # Position tables are small and every token reads one row of them: quantizing them saves nothing worth its error.
-    scheme = _checked(profile, "embedding") if table.role == "token" else None
+    role: Role = "embedding" if table.role == "token" else "position"
+    # Two rows of segments cost nothing.
+    scheme = _checked(profile, role) if table.role != "type" else None
     tied = structure.tied and table.role == "token"
     if scheme is None:
         stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
@@ -223,7 +222,7 @@ def _plan_table(table: Table, structure: Structure, profile: Profile, layout: _L
             fitting = [str(size) for size in BLOCK_SIZES if table.columns % size == 0]
             raise UsageError(
                 f"a tied table of {table.columns} columns cannot be stored once in blocks of {scheme.block_size}",
-                where=f"profile {profile.name}, role embedding",
+                where=f"profile {profile.name}, role {role}",
                 hint=f"--set quantize.roles.embedding.block_size={fitting[-1]}"
                 if fitting
                 else "--set quantize.roles.embedding.bits=32",
@@ -232,7 +231,7 @@ def _plan_table(table: Table, structure: Structure, profile: Profile, layout: _L
     return Fate(
         table.name,
         "table",
-        "embedding",
+        role,
         table.rows,
         table.columns,
         scheme,
@@ -246,6 +245,12 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
     if scheme is None:
         # [K, N]: what MatMul reads without a transposed copy at load time.
         stored = layout.place((f"{linear.name}.weight", "float32", (linear.in_features, linear.out_features)))
+    elif scheme.activations != "none":
+        # [K, N]: what the integer products read.
+        stored = layout.place(
+            (f"{linear.name}.codes", "int8", (linear.in_features, linear.out_features)),
+            (f"{linear.name}.scales", "float32", (linear.out_features,)),
+        )
     else:
         stored = layout.place(
             *_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)

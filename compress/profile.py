@@ -9,11 +9,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.contracts import Role, ScaleFormat, Scheme
+from compress.contracts import Activations, Role, ScaleFormat, Scheme
 from compress.errors import UsageError, did_you_mean
 
 _MAX_PROFILE_BYTES = 256 * 1024
@@ -26,18 +26,29 @@ class _Strict(BaseModel):
 class SchemeOverride(_Strict):
     """What a role changes of the profile's scheme; an absent key keeps the profile's value, ``bits = 32`` is float."""
 
-    bits: Literal[2, 4, 8, 32] | None = None
+    bits: Literal[2, 4, 7, 8, 32] | None = None
     block_size: int | None = None
     symmetric: bool | None = None
+    activations: Activations | None = None
+
+
+#: Tables are looked up, not multiplied; a head's inputs decide every output.
+_WEIGHT_ONLY: tuple[Role, ...] = ("embedding", "position", "head")
 
 
 class Quantize(_Strict):
-    """How weights are stored. ``bits = 32`` means float32: no quantization at all."""
+    """How weights are stored. ``bits = 32`` means float32: no quantization at all.
+
+    ``activations`` makes integer products of linears: their weights have one scale an output channel then, whatever
+    ``block_size`` says. Embedding tables and the head keep their inputs in float32 unless their role says otherwise.
+    Position tables stay float32 unless ``roles.position`` says otherwise.
+    """
 
     algorithm: str = "rtn"
-    bits: Literal[2, 4, 8, 32] = 4
+    bits: Literal[2, 4, 7, 8, 32] = 4
     block_size: int = 32
     symmetric: bool = True
+    activations: Activations = "none"
     accuracy_level: Literal[0, 1, 4] = 4
     scale_format: ScaleFormat = "float32"
     importance: Literal["random-tokens", "none"] = "random-tokens"
@@ -47,42 +58,78 @@ class Quantize(_Strict):
         """Return the scheme of a role, ``None`` where it stays float32."""
         change = self.roles.get(role, SchemeOverride())
         bits = self.bits if change.bits is None else change.bits
+        if role == "position" and change.bits is None:
+            return None
         if bits == 32:
             return None
+        activations = change.activations or ("none" if role in _WEIGHT_ONLY else self.activations)
+        block_size = self.block_size if change.block_size is None else change.block_size
         return Scheme(
             bits=bits,
-            block_size=self.block_size if change.block_size is None else change.block_size,
-            symmetric=self.symmetric if change.symmetric is None else change.symmetric,
+            block_size=block_size if activations == "none" else 0,
+            symmetric=(self.symmetric if change.symmetric is None else change.symmetric) or activations != "none",
+            activations=activations,
         )
 
 
 class Graph(_Strict):
     """Shape of the graph.
 
-    ``logits_to_keep`` is the default of the optional graph input of that name: 0 computes the head for every position,
-    k for the last k only.
+    ``logits_to_keep`` (decoders) is the default of the optional graph input of that name: 0 computes the head for every
+    position, k for the last k only.
+
+    ``pooling`` and ``normalize`` (embeddings) make the output ``sentence_embedding`` inside the graph. ``auto`` takes
+    what a sentence-transformers directory says, else the mean over the tokens, of unit length. ``none`` leaves the
+    tokens' states alone.
+
+    ``minimum_fusions`` (encoders) is how often a rewrite rule must fire, by its name: times a block is run, so that a
+    graph which was not fused as expected is an error instead of a slow artifact.
     """
 
     logits_to_keep: int = Field(default=0, ge=0)
+    pooling: Literal["auto", "mean", "cls", "max", "none"] = "auto"
+    normalize: Literal["auto", "yes", "no"] = "auto"
+    minimum_fusions: dict[str, int] = Field(default_factory=dict)
 
 
 class Validation(_Strict):
-    """How much is measured; lengths are tokens."""
+    """How much is measured; lengths are tokens.
+
+    Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``. Encoders: ``texts``
+    cut to ``max_length`` tokens (default: 256, or all the positions of a model with fewer; labelled examples: all its
+    positions); latency at every one of ``lengths`` that the model has positions for, in every one of ``batches``.
+    """
 
     tokens: int = Field(default=2048, ge=16)
     window: int = Field(default=512, ge=8)
     prompt_tokens: int = Field(default=128, ge=1)
     new_tokens: int = Field(default=32, ge=2)
+    texts: int = Field(default=256, ge=8, le=100_000)
+    max_length: int | None = Field(default=None, ge=8)
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16, 128, 512), min_length=1, max_length=16)
+    batches: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(1, 8), min_length=1, max_length=8)
     repeats: int = Field(default=3, ge=1, le=100)
     baselines: tuple[Literal["pytorch", "onnx_float"], ...] = ("pytorch", "onnx_float")
 
 
 class Budget(_Strict):
-    """What the artifact must keep; an absent number is not checked."""
+    """What the artifact must keep; an absent number is not checked, nor is one that the model's task does not have.
+
+    Decoders: ``max_kl``, ``min_top1_agreement``, ``max_perplexity_ratio``. Embeddings: ``min_cosine`` (the mean over
+    texts), ``min_worst_cosine``, ``min_neighbour_agreement``. Other encoders: ``min_label_agreement``. With labelled
+    examples: ``max_accuracy_drop`` bounds the drop that was seen, ``max_accuracy_drop_bound`` the unfavourable end of
+    its 95 % interval; both are shares, 0.005 is half a point.
+    """
 
     max_kl: float | None = Field(default=None, gt=0)
     min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    min_cosine: float | None = Field(default=None, ge=-1, le=1)
+    min_worst_cosine: float | None = Field(default=None, ge=-1, le=1)
+    min_neighbour_agreement: float | None = Field(default=None, ge=0, le=1)
+    min_label_agreement: float | None = Field(default=None, ge=0, le=1)
+    max_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
+    max_accuracy_drop_bound: float | None = Field(default=None, ge=0, le=1)
     min_speedup_vs_pytorch: float | None = Field(default=None, gt=0)
     min_speedup_vs_onnx_float: float | None = Field(default=None, gt=0)
     max_bytes: float | None = Field(default=None, gt=0)

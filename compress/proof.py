@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline, providers, resources
+from compress import pipeline, pooling, providers, resources
 from compress.contracts import Checkpoint
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, ProviderError, UsageError
 from compress.package import manifest
@@ -185,7 +185,9 @@ def _float_baseline(
         yield None, "the profile does not ask for it"
         return
     recipe = load_profile("float")
-    plan = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
+    structure = pipeline.describe(checkpoint)
+    plan = make_plan(structure, recipe, checkpoint)
+    pool = pooling.resolve(structure, profile, checkpoint)
     needed = max(int(plan.data_bytes * FLOAT_GRAPH_FACTOR), resources.predict(plan, recipe, options.threads).export)
     try:
         check_memory(needed, options.max_memory)
@@ -195,7 +197,7 @@ def _float_baseline(
         return
     place = Path(tempfile.mkdtemp(prefix=".float-baseline-", dir=directory.parent))
     try:
-        pipeline.build(checkpoint, plan, recipe, place, options.threads, Stages())
+        pipeline.build(checkpoint, plan, recipe, place, options.threads, Stages(), pool=pool)
         yield place / pipeline.GRAPH_NAME, None
     finally:
         shutil.rmtree(place, ignore_errors=True)

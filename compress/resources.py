@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compress.contracts import Encoder
 from compress.errors import ResourceError
 from compress.plan import Fate, Plan
 from compress.profile import Profile
@@ -25,6 +26,8 @@ _MB = 1_000_000
 _MAIN = 130 * _MB
 #: mobius, torch and transformers, before the graph is built.
 _SKELETON = 390 * _MB
+#: torch, transformers, optimum and the exporter; the model itself has no weights there.
+_ENCODER_SKELETON = 700 * _MB
 #: torch and transformers in the reference worker.
 _REFERENCE = 450 * _MB
 #: onnxruntime and numpy in the worker that runs the artifact.
@@ -48,12 +51,13 @@ class Prediction:
 
 def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
     """Predict the peak memory of an export's stages, in bytes."""
-    rope = plan.decoder.rope_shape
+    rope = getattr(plan.structure, "rope_shape", None)
     # The skeleton's rotary tables exist as arrays, as protobuf fields and as the serialized file at once.
     rope_bytes = 2 * _FLOAT * rope[0] * rope[1] if rope is not None else 0
     # One thread more than quantize: the random-token pass reads rows just ahead of them.
+    skeleton = _ENCODER_SKELETON if isinstance(plan.structure, Encoder) else _SKELETON
     weights = _MAIN + 2 * rope_bytes + (threads + 1) * max(_task_bytes(fate) for fate in plan.fates)
-    return Prediction(graph=_SKELETON + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile))
+    return Prediction(graph=skeleton + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile))
 
 
 def _task_bytes(fate: Fate) -> int:
@@ -65,6 +69,8 @@ def _task_bytes(fate: Fate) -> int:
 
 
 def _validation_bytes(plan: Plan, profile: Profile) -> int:
+    if isinstance(plan.structure, Encoder):
+        return _encoder_validation_bytes(plan, plan.structure, profile)
     decoder, measured = plan.decoder, profile.validation
     blocks: dict[int, int] = {}
     for linear in decoder.linears:
@@ -77,6 +83,15 @@ def _validation_bytes(plan: Plan, profile: Profile) -> int:
     # Weights are mapped from the file, and packed into a second copy for the kernels when the session starts.
     artifact = _RUNTIME + 2 * plan.data_bytes + 2 * logits
     return max(reference, artifact)
+
+
+def _encoder_validation_bytes(plan: Plan, encoder: Encoder, profile: Profile) -> int:
+    """The reference holds an encoder whole, in float32; so does the float baseline."""
+    weights = _FLOAT * plan.weight_count
+    longest, batch = max(profile.validation.lengths), max(profile.validation.batches)
+    states = batch * longest * (8 * encoder.hidden_size + encoder.heads * longest) * _FLOAT
+    logits = batch * longest * encoder.vocab_size * _FLOAT if encoder.task == "fill-mask" else 0
+    return _REFERENCE + 2 * weights + 2 * states + 2 * logits
 
 
 def check(plan: Plan, profile: Profile, options: ExportOptions) -> Prediction:

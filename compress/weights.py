@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.allocator import keep_buffers
-from compress.contracts import Checkpoint, FloatArray, Quantizer
+from compress.contracts import Checkpoint, FloatArray, QuantizedRows, Quantizer
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 from compress.quantize.scales import pack_scales
+from compress.quantize.scheme import zero_code
 from compress.reading import CHUNK_WEIGHTS, read_rows
 
 #: Progress after a number of weights is done: (weights done so far, weights in all).
@@ -163,6 +164,9 @@ class _Stream:
         fate, scheme = task.fate, task.fate.scheme
         assert scheme is not None
         importance = self.calibration.importance(fate) if self.calibration is not None else None
+        if scheme.activations != "none":
+            self._integer(task, self.quantizer.quantize(rows, scheme, importance))
+            return
         result = self.quantizer.quantize(rows, scheme, importance, scale_format=self.plan.scale_format)
         packed = (
             pack_table(result.codes, scheme, fate.columns)
@@ -179,6 +183,21 @@ class _Stream:
             stored = fate.part(kind)
             assert stored is not None, f"{fate.name}: the plan has no place for {kind}"
             self.store(stored, task.start, array)
+
+    def _integer(self, task: _Task, result: QuantizedRows) -> None:
+        """Store signed codes as [K, N], a column for every row that is quantized here."""
+        fate, scheme = task.fate, task.fate.scheme
+        codes, scales = fate.part("codes"), fate.part("scales")
+        assert scheme is not None and codes is not None and scales is not None
+        signed = (result.codes.T.astype(np.int16) - zero_code(scheme.bits)).astype(np.int8)
+        if codes.offset is None:
+            with self._lock:
+                whole = self.inline.setdefault(codes.name, np.zeros(codes.shape, codes.dtype))
+                whole[:, task.start : task.stop] = signed
+        else:
+            for row, values in enumerate(signed):
+                self.data.write(codes.offset + row * fate.rows + task.start, values)
+        self.store(scales, task.start, result.scales[:, 0])
 
     def _transpose(self, fate: Fate, rows: FloatArray) -> None:
         """Store [N, K] as [K, N], a band of columns at a time so that no second copy of the tensor exists."""

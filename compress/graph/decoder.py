@@ -8,7 +8,6 @@ rule fired as often as the decoder has places for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import onnx_ir as ir
 
 from compress.contracts import FloatArray
 from compress.errors import CompressError
+from compress.graph.finished import FinishedGraph, place_vectors, unplaced
 from compress.graph.rules import linear, logits_to_keep, long_rope, names, rotary, table
 from compress.graph.rules._edit import Weights
 from compress.plan import Plan
@@ -26,24 +26,9 @@ from compress.profile import Profile
 OPSET = 23
 
 
-@dataclass(frozen=True)
-class DecoderGraph:
-    """The finished graph.
-
-    Attributes:
-        model: Initializers refer to ``model.onnx.data``, or are inline.
-        constants: Arrays that the skeleton computed and the writer must store, by planned name.
-        fired: How often each rule fired.
-    """
-
-    model: ir.Model
-    constants: Mapping[str, FloatArray]
-    fired: Mapping[str, int]
-
-
 def build_decoder(
     skeleton: Path, plan: Plan, profile: Profile, inline: Mapping[str, npt.NDArray[Any]], *, data_name: str
-) -> DecoderGraph:
+) -> FinishedGraph:
     """Rewrite the skeleton for the plan.
 
     Args:
@@ -63,7 +48,7 @@ def build_decoder(
     names.normalise(model)
     fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
     fired["table"] = table.apply(model.graph, plan, weights)
-    fired["vector"] = _place_vectors(model.graph, plan, weights)
+    fired["vector"] = place_vectors(model.graph, plan, weights)
     if plan.decoder.rope_shape is not None:
         constants = rotary.apply(model.graph, plan, weights)
     if plan.decoder.rope_switch is not None:
@@ -76,17 +61,7 @@ def build_decoder(
     model.producer_name = "compress"
     model.producer_version = None
     model.graph.name = plan.model_type
-    return DecoderGraph(model, constants, fired)
-
-
-def _place_vectors(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
-    placed = 0
-    for vector in plan.decoder.vectors:
-        old = weights.skeleton(vector.graph_name)
-        if old is not None:
-            weights.replace(old, weights.value(plan.by_name[vector.graph_name].stored[0]))
-            placed += 1
-    return placed
+    return FinishedGraph(model, constants, fired)
 
 
 def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
@@ -106,33 +81,10 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
     # Every norm but the first follows a residual sum, two a block; GPT-2's first one follows the position sum.
     if skipped < 2 * decoder.layers:
         short.append(f"fused residual norms {skipped} of {2 * decoder.layers}")
-    unplaced = [
-        name
-        for name, value in graph.initializers.items()
-        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == "not-written"
-    ]
-    if short or unplaced:
+    missing = unplaced(graph)
+    if short or missing:
         raise CompressError(
             "the graph is not what the plan expects: "
-            + ", ".join(short + [f"{name} has no value" for name in unplaced]),
+            + ", ".join(short + [f"{name} has no value" for name in missing]),
             hint="mobius-onnx may have changed: install the version that pyproject.toml pins, or report the model",
         )
-
-
-def serialize(model: ir.Model, path: Path) -> int:
-    """Write the graph file and return its bytes; the external data is not touched.
-
-    Only what a runtime reads goes in: no comments, no traces of the builder, no types of intermediate values.
-    """
-    for node in model.graph:
-        node.doc_string = None
-        node.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    proto = ir.to_proto(model)
-    del proto.graph.value_info[:]
-    data = proto.SerializeToString(deterministic=True)
-    path.write_bytes(data)
-    return len(data)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.contracts import Decoder, Structure
+
 if TYPE_CHECKING:
     from compress.plan import Fate, Plan, StoredTensor
 
 _LOCATION = "model.onnx.data"
 #: Fixed bytes and bytes a block of the remaining nodes, inputs and outputs: with rotary embedding, and without.
 _ROTARY, _ABSOLUTE = (1690, 2762), (1680, 2085)
+_ENCODER = (2500, 1900)
 #: A linear without quantization has a MatMul with fewer inputs and no attributes; with a bias it also has an Add.
 _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
@@ -25,10 +28,7 @@ _CAST = 48
 
 def predict_graph_bytes(plan: Plan) -> int:
     """Return the predicted bytes of ``model.onnx``."""
-    fixed, block = _ROTARY if plan.decoder.rope_shape is not None else _ABSOLUTE
-    total = fixed + block * plan.decoder.layers
-    if plan.decoder.rope_switch is not None:
-        total += _LONG_ROPE[0] + _LONG_ROPE[1] * plan.decoder.layers
+    total = _node_bytes(plan.structure)
     for fate in plan.fates:
         uses = 2 if fate.tied else 1
         for stored in fate.stored:
@@ -36,6 +36,17 @@ def predict_graph_bytes(plan: Plan) -> int:
         total += _node_extra(fate, biased=f"{fate.name}.bias" in plan.by_name)
         if fate.tied and fate.scheme is not None:
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
+    return total
+
+
+def _node_bytes(structure: Structure) -> int:
+    if not isinstance(structure, Decoder):
+        fixed, block = _ENCODER
+        return fixed + block * structure.layers
+    fixed, block = _ROTARY if structure.rope_shape is not None else _ABSOLUTE
+    total = fixed + block * structure.layers
+    if structure.rope_switch is not None:
+        total += _LONG_ROPE[0] + _LONG_ROPE[1] * structure.layers
     return total
 
 

@@ -1,11 +1,12 @@
-"""Worker: build a decoder's graph without weights, in a process of its own.
+"""Worker: build a model's graph without weights, in a process of its own.
 
-mobius, torch and transformers take some 400 MB just to be imported; in another process they are gone before the first
+Decoders come from mobius, encoders (those with a task) from :mod:`compress.graph.encoder_skeleton`. mobius, torch and
+transformers take some 400 MB just to be imported; in another process they are gone before the first
 weight is read, and the memory promise holds.
 
-Called as ``python -m compress.graph.skeleton CONFIG_DIRECTORY OUTPUT.onnx``. Weights come out as references to external
-data that does not exist: names, types and shapes only. Tables that the skeleton computes itself (rotary cosine and
-sine) come out with their values.
+Called as ``python -m compress.graph.skeleton CONFIG_DIRECTORY OUTPUT.onnx [TASK]``. Weights come out as references to
+external data that does not exist: names, types and shapes only. Tables that the skeleton computes itself (rotary cosine
+and sine) come out with their values.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ _TIMEOUT_SECONDS = 600
 _LONGEST_REASON = 300
 
 
-def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping[str, str] | None = None) -> None:
+def build_skeleton(
+    config_directory: Path, output: Path, task: str = "", *, environment: Mapping[str, str] | None = None
+) -> None:
     """Run the worker on a directory that holds ``config.json`` and wait for ``output``.
+
+    ``task`` is an encoder's (see :mod:`compress.tasks`), empty for a decoder.
 
     Raises:
         WorkerError: It failed or took too long; the message holds the last line of its log.
     """
     command = [sys.executable, "-m", "compress.graph.skeleton", str(config_directory.resolve()), str(output.resolve())]
+    command += [task] if task else []
     # Offline, or a local directory is looked up on the hub first, for minutes. One thread: nothing here is parallel.
     offline = {
         "HF_HUB_OFFLINE": "1",
@@ -60,7 +66,12 @@ def build_skeleton(config_directory: Path, output: Path, *, environment: Mapping
         raise failure
 
 
-def _work(config_directory: str, output: str) -> None:
+def _work(config_directory: str, output: str, task: str = "") -> None:
+    if task:
+        from compress.graph import encoder_skeleton
+
+        encoder_skeleton.write(config_directory, output, task)
+        return
     import mobius
     import onnx_ir as ir
 

@@ -1,7 +1,8 @@
 """Packaging: the data file, the manifest, and one file a target.
 
-A target is a module of this package that defines ``TARGET``, its name in profiles, and ``write(directory, decoder,
-checkpoint, *, inputs)``; it is found by being here.
+A target is a module of this package that defines ``TARGET``, its name in profiles, ``applies(structure)``,
+``check(checkpoint)`` and ``write(directory, structure, checkpoint, *, inputs)``; it is found by being here. A model
+that no target of its profile applies to is a plain directory for onnxruntime.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.contracts import Checkpoint, Decoder
+from compress.contracts import Checkpoint, Decoder, Structure
 from compress.errors import SourceError
 from compress.package.staging import write_file
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
@@ -23,6 +23,20 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH_DEFAULTS: Mapping[str, int | float] = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 MAX_SEARCH_VALUE = 1e6
 _RESTORE = "restore the file that belongs to this model"
+
+
+def applies(structure: Structure) -> bool:
+    """Return whether the target can take such a model: onnxruntime-genai runs decoders."""
+    return isinstance(structure, Decoder)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Read what :func:`write` will need.
+
+    Raises:
+        SourceError: It is damaged.
+    """
+    read_generation(checkpoint)
 
 
 def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: tuple[str, ...]) -> None:

@@ -61,6 +61,8 @@ class CpuProvider:
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why ``MatMulNBits`` cannot run ``scheme`` fast on CPUs, or ``None``."""
+        if scheme.activations != "none":
+            return None  # MLAS multiplies bytes on every processor it runs on
         if scheme.bits not in _BITS:
             return f"{scheme.bits}-bit weights have no CPU kernel; use 2, 4 or 8 bits"
         if scheme.block_size not in _BLOCKS:

@@ -21,7 +21,7 @@ on how many rows a caller passes, which makes results bit-identical for any chun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,6 +46,7 @@ _SYMMETRIC: dict[int, dict[int, tuple[float, ...]]] = {
         64: (8.5, 9.0, 7.9, 7.25, 9.5, -8.5, 10.4, 8.2),
         256: (8.8, 9.45, 8.2, 9.95, -8.6, 7.8, 10.8, 9.1),
     },
+    7: {256: (64.0, 63.0, 63.5, 62.0)},
     8: {256: (128.0, 126.0, 127.0, 124.0)},
 }
 
@@ -95,6 +96,8 @@ class RoundToNearest:
         if weight.ndim != 2 or weight.dtype != np.float32:
             raise ValueError(f"expected a float32 matrix, got {weight.dtype} {list(weight.shape)}")
         rows, columns = weight.shape
+        if scheme.block_size == 0:
+            scheme = replace(scheme, block_size=max(columns, 1))
         blocks = scheme.blocks(columns)
         result = QuantizedRows(
             codes=np.empty((rows, blocks * scheme.block_size), np.uint8),
@@ -137,7 +140,8 @@ class _Search:
         weights = None if importance is None else _block_weights(importance, scheme, columns, rows)
         table = _SYMMETRIC if scheme.symmetric else _ASYMMETRIC
         by_size: dict[int, tuple[float, ...]] | dict[int, tuple[Candidate, ...]] = table[scheme.bits]
-        chosen = by_size[min(size for size in by_size if size >= scheme.block_size)]
+        # A whole row is a block as well; what is near the best for the largest block is for longer ones.
+        chosen = by_size[min((size for size in by_size if size >= scheme.block_size), default=max(by_size))]
         return cls(
             scheme=scheme,
             columns=columns,

@@ -11,6 +11,8 @@ from compress.errors import UsageError
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+#: 7 bits leave the pairwise sums of 8-bit products room in 16 bits, on processors without an instruction for them.
+INTEGER_BITS = (7, 8)
 
 
 def validate_scheme(scheme: Scheme, *, where: str | None = None) -> None:
@@ -23,6 +25,9 @@ def validate_scheme(scheme: Scheme, *, where: str | None = None) -> None:
     Raises:
         UsageError: ``bits`` or ``block_size`` is none of the supported values; the hint names the nearest one.
     """
+    if scheme.activations != "none":
+        _validate_integer(scheme, where)
+        return
     if isinstance(scheme.bits, bool) or scheme.bits not in BITS:
         raise UsageError(
             f"{scheme.bits}-bit weights have no kernel; bits must be one of {_listed(BITS)}",
@@ -34,6 +39,20 @@ def validate_scheme(scheme: Scheme, *, where: str | None = None) -> None:
             f"block size {scheme.block_size} has no kernel; it must be one of {_listed(BLOCK_SIZES)}",
             where=where,
             hint=f"set block_size to {_nearest(scheme.block_size, BLOCK_SIZES)}",
+        )
+
+
+def _validate_integer(scheme: Scheme, where: str | None) -> None:
+    """Refuse weights that no integer product takes: they are signed bytes with a scale an output channel."""
+    if scheme.bits not in INTEGER_BITS:
+        raise UsageError(
+            f"products of integers take 7- or 8-bit weights, not {scheme.bits}",
+            where=where,
+            hint="set bits to 8, or activations to none",
+        )
+    if scheme.block_size or not scheme.symmetric:
+        raise UsageError(
+            "products of integers take one scale an output channel and no zero point", where=where, hint="see profiles"
         )
 
 

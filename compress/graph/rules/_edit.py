@@ -136,3 +136,43 @@ def only_user(value: ir.Value) -> ir.Node | None:
     """Return the one node that reads a value, ``None`` if there are several or none."""
     users = {user for user, _ in value.uses()}
     return next(iter(users)) if len(users) == 1 else None
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """Return the node of that type that makes a value, ``None`` if another one does."""
+    made = value.producer() if value is not None else None
+    return made if made is not None and made.op_type == op_type else None
+
+
+def number(value: ir.Value | None) -> float | None:
+    """Return a constant scalar's value, ``None`` if it is none."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size != 1:
+        return None
+    return float(tensor.numpy().reshape(()))
+
+
+def append(graph: ir.Graph, op_type: str, inputs: Iterable[ir.Value], name: str, **attributes: Any) -> ir.Value:
+    """Append a standard node and return its output."""
+    output = ir.Value(name=name)
+    made = ir.node(op_type, inputs=list(inputs), outputs=[output], attributes=attributes, name=f"{name}/{op_type}")
+    graph.append(made)
+    return output
+
+
+def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Return an inline initializer; one name is one value."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def supersede(old: ir.Value, new: ir.Value) -> None:
+    """Let every user of ``old``, the graph's output included, read ``new``; an output keeps its name."""
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}/superseded"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -9,6 +9,10 @@ After, quantized::
 
     y = com.microsoft.MatMulNBits(x, codes, scales, zero_points?, , bias?)
 
+After, integers times integers (``graph/rules/_integer.py``)::
+
+    y = com.microsoft.DynamicQuantizeMatMul(x, codes, scales, , bias?)
+
 After, float32 (the weight is stored as [K, N], so that no transposed copy is made at load time)::
 
     y = MatMul(x, weight);  y' = Add(y, bias)
@@ -24,7 +28,8 @@ import onnx_ir as ir
 
 from compress.contracts import Linear
 from compress.errors import CompressError
-from compress.graph.rules._edit import Weights, drop, node, only_user
+from compress.graph.rules._edit import Weights, drop, node, only_user, supersede
+from compress.graph.rules._integer import integer
 from compress.plan import Fate, Plan
 
 
@@ -40,25 +45,34 @@ class _Place:
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int) -> int:
     """Replace every linear of the plan; returns how many."""
+    fired = 0
     for linear in plan.structure.linears:
-        place = _find(weights, linear)
         tied = linear.role == "head" and plan.structure.tied
         fate = plan.by_name[plan.structure.tables[0].name if tied else linear.name]
         bias = plan.by_name.get(f"{linear.name}.bias")
-        _replace(weights, linear, fate, bias, place, accuracy_level)
-    return len(plan.structure.linears)
+        places = _find(weights, linear)
+        for index, place in enumerate(places):
+            name = linear.name if len(places) == 1 else f"{linear.name}.{index}"
+            _replace(weights, linear, name, fate, bias, place, accuracy_level)
+        fired += len(places)
+    return fired
 
 
-def _find(weights: Weights, linear: Linear) -> _Place:
-    products: list[ir.Node] = []
-    dead: list[ir.Node] = []
+def _find(weights: Weights, linear: Linear) -> list[_Place]:
+    """Return where a linear is used: once, or as often as its block is run (ALBERT)."""
+    found: list[list[ir.Node]] = []
+    passed: list[ir.Node] = []
     for name in linear.graph_weights:
         weight = weights.skeleton(name)
-        product = _product(weight, dead) if weight is not None else None
-        if product is None:
+        products = _products(weights.graph, weight, passed) if weight is not None else []
+        if not products or (found and len(found[0]) != len(products)):
             raise CompressError("the graph skeleton lacks a linear layer that the family describes", where=name)
-        if product not in products:
-            products.append(product)
+        found.append(products)
+    return [_place(linear, list(dict.fromkeys(together)), passed) for together in zip(*found, strict=True)]
+
+
+def _place(linear: Linear, products: list[ir.Node], passed: list[ir.Node]) -> _Place:
+    dead = list(passed)
     outputs: list[ir.Value] = []
     for product in products:
         output = product.outputs[0]
@@ -78,37 +92,42 @@ def _find(weights: Weights, linear: Linear) -> _Place:
     return _Place(source, tuple(outputs), products[0], tuple(dead))
 
 
-def _product(weight: ir.Value, dead: list[ir.Node]) -> ir.Node | None:
-    """Follow a weight through Concat and Transpose to its MatMul; the nodes passed are superfluous afterwards."""
+def _products(graph: ir.Graph, weight: ir.Value, passed: list[ir.Node]) -> list[ir.Node]:
+    """Follow a weight through Concat and Transpose to its MatMuls, in the graph's order; notes the nodes passed."""
     value = weight
     for _ in range(3):
-        for user, _ in value.uses():
-            if user.op_type == "MatMul":
-                return user
+        products = [user for user, _ in value.uses() if user.op_type == "MatMul"]
+        if len(products) > 1:
+            users = set(products)
+            return [user for user in graph if user in users]
+        if products:
+            return products
         step = next((user for user, _ in value.uses() if user.op_type in ("Concat", "Transpose")), None)
         if step is None:
-            return None
-        if step not in dead:
-            dead.insert(0, step)
+            return []
+        if step not in passed:
+            passed.insert(0, step)
         value = step.outputs[0]
-    return None
+    return []
 
 
 def _replace(
-    weights: Weights, linear: Linear, fate: Fate, bias: Fate | None, place: _Place, accuracy_level: int
+    weights: Weights, linear: Linear, name: str, fate: Fate, bias: Fate | None, place: _Place, accuracy_level: int
 ) -> None:
     graph = weights.graph
     whole = place.outputs[0] if len(place.outputs) == 1 else None
-    output = ir.Value(name=whole.name if whole is not None else f"{linear.name}/output")
+    output = ir.Value(name=whole.name if whole is not None else f"{name}/output")
     if whole is not None:
         output.shape, output.type = whole.shape, whole.type
     bias_value = weights.value(bias.stored[0]) if bias is not None else None
     if fate.scheme is None:
         _float(weights, fate, bias_value, place, output)
+    elif fate.scheme.activations != "none":
+        integer(weights, fate, bias_value, place.source, place.first, output)
     else:
         _quantized(weights, linear, fate, bias_value, place, output, accuracy_level)
     if whole is not None:
-        ir.convenience.replace_all_uses_with(whole, output, replace_graph_outputs=True)
+        supersede(whole, output)
     else:
         halves = [ir.Value(name=value.name) for value in place.outputs]
         node(graph, place.first, "Split", [output], halves, axis=-1, num_outputs=len(halves))

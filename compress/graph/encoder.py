@@ -1,0 +1,96 @@
+"""An encoder's graph: transformers' own model as torch.onnx writes it goes in, fused nodes over planned bytes come out.
+
+Requires a skeleton (names, no values) and a :class:`~compress.plan.Plan`; runs the rules of ``graph/rules`` in order;
+ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that each
+rule fired as often as the profile expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from compress.contracts import Encoder
+from compress.errors import CompressError, UsageError, did_you_mean
+from compress.graph.finished import FinishedGraph, place_vectors, unplaced
+from compress.graph.rules import attention, gelu, gemm, linear, pooling, skip_norm, table
+from compress.graph.rules._edit import Weights
+from compress.plan import Plan
+from compress.profile import Profile
+from compress.source.sentence_transformers import Pooling
+
+#: Rules whose count a profile may ask for, a time the block is run.
+FUSIONS = ("attention", "gelu", "skip_norm")
+
+
+def build_encoder(
+    skeleton: Path,
+    plan: Plan,
+    profile: Profile,
+    inline: Mapping[str, npt.NDArray[Any]],
+    *,
+    data_name: str,
+    pool: Pooling,
+) -> FinishedGraph:
+    """Rewrite the skeleton for the plan.
+
+    Args:
+        skeleton: File that :mod:`compress.graph.encoder_skeleton` wrote.
+        plan: Fates and places of every weight.
+        profile: Accuracy level of block-quantized products, and the fusions it expects.
+        inline: Values of the planned tensors that are too small for the data file, by planned name.
+        data_name: File name of the external data, as the graph refers to it.
+        pool: How an embedding is made of its tokens' states; ignored for other tasks.
+
+    Raises:
+        CompressError: A rule fired less often than the profile asks for.
+    """
+    encoder = plan.structure
+    assert isinstance(encoder, Encoder)
+    model = ir.load(skeleton)
+    graph = model.graph
+    weights = Weights(graph, plan, inline, data_name)
+    gemm.apply(graph)
+    fired = {"attention": attention.apply(graph, encoder.heads), "gelu": gelu.apply(graph)}
+    fired["linear"] = linear.apply(graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
+    fired["skip_norm"] = skip_norm.apply(graph)
+    fired["table"] = table.apply(graph, plan, weights)
+    fired["vector"] = place_vectors(graph, plan, weights)
+    if encoder.task == "embedding":
+        fired["pooling"] = pooling.apply(graph, pool.mode, normalize=pool.normalize)
+    weights.restore_names()
+    _check(graph, plan, profile, fired)
+    model.opset_imports["com.microsoft"] = 1
+    model.producer_name = "compress"
+    model.producer_version = None
+    graph.name = plan.model_type
+    return FinishedGraph(model, {}, fired)
+
+
+def _check(graph: ir.Graph, plan: Plan, profile: Profile, fired: Mapping[str, int]) -> None:
+    layers = plan.structure.layers
+    short = []
+    for rule, count in profile.graph.minimum_fusions.items():
+        if rule not in FUSIONS:
+            raise UsageError(
+                f"graph.minimum_fusions: no rule is called {rule!r}",
+                where=f"profile {profile.name}",
+                hint=did_you_mean(rule, FUSIONS),
+            )
+        if fired[rule] < count * layers:
+            short.append(f"{rule} fired {fired[rule]} times, {count} a layer make {count * layers}")
+    structure = plan.structure
+    for kind, wanted in (("linear", len(structure.linears)), ("vector", len(structure.vectors))):
+        if fired[kind] < wanted:
+            short.append(f"{kind} {fired[kind]} of {wanted}")
+    short += [f"{name} has no value" for name in unplaced(graph)]
+    if short:
+        raise CompressError(
+            "the graph is not what the profile expects: " + ", ".join(short),
+            hint="install the versions of torch and transformers that pyproject.toml pins, or report the model; "
+            "--set graph.minimum_fusions={} takes the graph as it is",
+        )

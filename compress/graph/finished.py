@@ -1,0 +1,67 @@
+"""What every graph has in common when it is finished: its weights in their places, and its bytes on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compress.contracts import FloatArray
+from compress.graph.rules._edit import Weights
+from compress.plan import Plan
+
+
+@dataclass(frozen=True)
+class FinishedGraph:
+    """The finished graph.
+
+    Attributes:
+        model: Initializers refer to ``model.onnx.data``, or are inline.
+        constants: Arrays that the skeleton computed and the writer must store, by planned name.
+        fired: How often each rule fired.
+    """
+
+    model: ir.Model
+    constants: Mapping[str, FloatArray]
+    fired: Mapping[str, int]
+
+
+def place_vectors(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
+    """Give every norm its planned values; returns how many vectors there were."""
+    placed = 0
+    for vector in plan.structure.vectors:
+        old = weights.skeleton(vector.graph_name)
+        if old is not None:
+            weights.replace(old, weights.value(plan.by_name[vector.graph_name].stored[0]))
+            placed += 1
+    return placed
+
+
+def unplaced(graph: ir.Graph) -> list[str]:
+    """Return the initializers that still have no value."""
+    return [
+        name
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.location == "not-written"
+    ]
+
+
+def serialize(model: ir.Model, path: Path) -> int:
+    """Write the graph file and return its bytes; the external data is not touched.
+
+    Only what a runtime reads goes in: no comments, no traces of the builder, no types of intermediate values.
+    """
+    for node in model.graph:
+        node.doc_string = None
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    data = proto.SerializeToString(deterministic=True)
+    path.write_bytes(data)
+    return len(data)
