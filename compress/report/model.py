@@ -5,9 +5,10 @@ A field that is ``None`` was not measured. Times are seconds, sizes bytes, diver
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 SCHEMA_VERSION = 1
 
@@ -97,6 +98,70 @@ class DecoderDrift(_Strict):
     decode: DecodeConsistency | None = None
 
 
+class Cosine(_Strict):
+    """Cosine of the two embeddings of a text: the mean with its standard error, and the worst text's."""
+
+    mean: float
+    min: float
+    standard_error: float | None
+
+
+class Flips(_Strict):
+    """Examples whose answer changed; ``changed`` counts wrong answers that became another wrong answer too."""
+
+    right_to_wrong: int
+    wrong_to_right: int
+    changed: int
+
+
+class TaskAccuracy(_Strict):
+    """How well both sides do on the user's labels; ``difference`` is artifact minus reference.
+
+    ``metric``: ``accuracy``; ``neighbour_accuracy``, the share of texts whose nearest other text has their label;
+    ``spearman``, the rank correlation with the given scores (it has no flips). ``interval`` is the difference's paired
+    95 % interval. ``truncated`` texts were longer than ``max_length`` tokens.
+    """
+
+    labels: EvaluationText
+    metric: Literal["accuracy", "neighbour_accuracy", "spearman"]
+    examples: int
+    truncated: int
+    max_length: int
+    reference: float
+    artifact: float
+    difference: float
+    interval: tuple[float, float]
+    interval_method: str
+    flips: Flips | None
+
+
+class EncoderDrift(_Strict):
+    """What an encoder lost on texts, on the provider it names; what its task does not have is ``None``.
+
+    ``items`` are what is compared: texts, tokens or masked positions (``unit`` says which). ``max_length`` is where
+    texts were cut, in tokens, ``batch`` how many were padded together.
+    """
+
+    provider: str
+    task: str
+    texts: int
+    tokens: int
+    items: int
+    unit: Literal["texts", "tokens", "masked positions"]
+    max_length: int
+    batch: int
+    eval_text: EvaluationText
+    reference: str
+    cosine: Cosine | None = None
+    neighbour_agreement: float | None = None
+    neighbour_agreement_error: float | None = None
+    label_agreement: float | None = None
+    label_agreement_error: float | None = None
+    kl_divergence: Divergence | None = None
+    logit_max_abs: float | None = None
+    task_accuracy: TaskAccuracy | None = None
+
+
 class Rate(_Strict):
     """Tokens a second: the median step, and the slow and fast tenths."""
 
@@ -136,6 +201,59 @@ class Speed(_Strict):
     prefill_speedup_vs_onnx_float: float | None = None
 
 
+class Latency(_Strict):
+    """Milliseconds a run: the median and the slow twentieth."""
+
+    p50: float
+    p95: float
+
+
+class Point(_Strict):
+    """Runs of ``batch`` sequences of ``length`` tokens each; rates are at the median."""
+
+    batch: int
+    length: int
+    runs: int
+    latency_ms: Latency
+    sequences_per_second: float
+    tokens_per_second: float
+
+
+class MeasuredPoint(Point):
+    """A point of the artifact, with the ratios of the baselines' medians to its own."""
+
+    speedup_vs_pytorch: float | None = None
+    speedup_vs_onnx_float: float | None = None
+
+
+class EncoderBaseline(_Strict):
+    """The same work done by something else in the same run, or why it was not."""
+
+    skipped: str | None = None
+    load_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    points: tuple[Point, ...] = ()
+
+
+class EncoderSpeed(_Strict):
+    """How fast an encoder is. ``latency_ms`` and both speedups are the main point's: ``batch`` x ``length`` tokens."""
+
+    provider: str
+    device: str
+    evidence: Literal["measured", "simulated", "emulated", "static", "none"]
+    threads: int
+    repeats: int
+    load_seconds: float
+    peak_rss_bytes: int
+    batch: int
+    length: int
+    latency_ms: Latency
+    points: tuple[MeasuredPoint, ...]
+    baselines: dict[Literal["pytorch", "onnx_float"], EncoderBaseline] = Field(default_factory=dict)
+    speedup_vs_pytorch: float | None = None
+    speedup_vs_onnx_float: float | None = None
+
+
 class Placement(_Strict):
     """Which nodes the provider took."""
 
@@ -165,16 +283,33 @@ class Environment(_Strict):
     memory_bytes: int | None = None
 
 
+def _kind(key: str, value: object) -> str:
+    """Tell an encoder's measure, which has ``key``, from a decoder's."""
+    return "encoder" if (key in value if isinstance(value, Mapping) else hasattr(value, key)) else "decoder"
+
+
+# Neither kind says in a key which one it is: decoders' reports are older than encoders'.
+AnyDrift = Annotated[
+    Annotated[DecoderDrift, Tag("decoder")] | Annotated[EncoderDrift, Tag("encoder")],
+    Discriminator(lambda value: _kind("task", value)),
+]
+AnySpeed = Annotated[
+    Annotated[Speed, Tag("decoder")] | Annotated[EncoderSpeed, Tag("encoder")],
+    Discriminator(lambda value: _kind("points", value)),
+]
+
+
 class Report(_Strict):
-    """All of it."""
+    """All of it. ``fusions`` counts how often each rewrite rule fired in the graph."""
 
     schema_version: Literal[1] = 1
     verdict: Verdict
     source: Source | None = None
     profile: ProfileSummary | None = None
     size: Size
-    drift: DecoderDrift | None = None
-    speed: tuple[Speed, ...] = ()
+    drift: AnyDrift | None = None
+    speed: tuple[AnySpeed, ...] = ()
     placement: tuple[Placement, ...] = ()
+    fusions: dict[str, int] = Field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     environment: Environment

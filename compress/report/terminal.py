@@ -8,11 +8,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress.report.model import Baseline, DecoderDrift, Rate, Report, Size, Speed, Verdict
+from compress.report.model import (
+    AnyDrift,
+    AnySpeed,
+    Baseline,
+    DecoderDrift,
+    EncoderDrift,
+    EncoderSpeed,
+    Latency,
+    MeasuredPoint,
+    Rate,
+    Report,
+    Size,
+    Speed,
+    TaskAccuracy,
+    Verdict,
+)
 
 
 def show(report: Report, console: Console) -> None:
-    """Print verdict, size, drift, speed, placement and stages; what was not measured has no line."""
+    """Print verdict, size, drift, speed, placement, fusions, stages; what was not measured has no line."""
     show_verdict(report.verdict, console)
     _print(console, "size", size_rows(report.size))
     if report.drift is not None:
@@ -25,6 +40,8 @@ def show(report: Report, console: Console) -> None:
             "placement",
             ((item.provider, f"{item.nodes_on_provider} of {item.nodes_total} nodes") for item in report.placement),
         )
+    if report.fusions:
+        _print(console, "fusions", ((name, f"{count}x") for name, count in sorted(report.fusions.items())))
     if report.stages:
         peaks = (
             (s.name, f"{s.seconds:.1f} s" + ("" if s.peak_rss_bytes is None else f", {size(s.peak_rss_bytes)}"))
@@ -60,8 +77,12 @@ def size_rows(sizes: Size) -> list[tuple[str, str]]:
     return rows
 
 
-def drift_rows(drift: DecoderDrift) -> list[tuple[str, str]]:
+def drift_rows(drift: AnyDrift) -> list[tuple[str, str]]:
     """Return the lines of the drift table."""
+    return _decoder_drift(drift) if isinstance(drift, DecoderDrift) else _encoder_drift(drift)
+
+
+def _decoder_drift(drift: DecoderDrift) -> list[tuple[str, str]]:
     kl, ratio = drift.kl_divergence, drift.perplexity_ratio
     rows = [
         ("KL divergence", f"{_with_error(kl.mean, kl.standard_error)} (p99 {kl.p99:.3g})"),
@@ -79,8 +100,85 @@ def drift_rows(drift: DecoderDrift) -> list[tuple[str, str]]:
     return rows
 
 
-def speed_rows(speed: Speed) -> list[tuple[str, str]]:
+def _encoder_drift(drift: EncoderDrift) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if drift.cosine is not None:
+        rows.append(("cosine", f"{_with_error(drift.cosine.mean, drift.cosine.standard_error)}"))
+        rows.append(("worst cosine", f"{drift.cosine.min:.4f}"))
+    for name, share, error in (
+        ("same neighbour", drift.neighbour_agreement, drift.neighbour_agreement_error),
+        ("same label", drift.label_agreement, drift.label_agreement_error),
+    ):
+        if share is not None:
+            rows.append((name, _share(share, error)))
+    if drift.kl_divergence is not None:
+        kl = drift.kl_divergence
+        rows.append(("KL divergence", f"{_with_error(kl.mean, kl.standard_error)} (p99 {kl.p99:.3g})"))
+    if drift.logit_max_abs is not None:
+        rows.append(("largest change", f"{drift.logit_max_abs:.3g} of a score"))
+    if drift.task_accuracy is not None:
+        rows += accuracy_rows(drift.task_accuracy)
+    counted = f"{drift.texts} texts, {drift.tokens} tokens"
+    if drift.unit != "texts":
+        counted += f", {drift.items} {drift.unit}"
+    rows.append(("measured on", f"{counted} of {drift.eval_text.name}"))
+    rows.append(("reference", drift.reference))
+    return rows
+
+
+def accuracy_rows(accuracy: TaskAccuracy) -> list[tuple[str, str]]:
+    """Return the lines about labelled examples: both sides, the difference with its interval, flips.
+
+    Shares are shown in per cent, their differences in points of a hundred; a rank correlation as it is.
+    """
+    low, high = accuracy.interval
+    if accuracy.metric == "spearman":
+        both = f"{accuracy.reference:.4f} -> {accuracy.artifact:.4f}"
+        change = f"{accuracy.difference:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+    else:
+        both = f"{accuracy.reference:.2%} -> {accuracy.artifact:.2%}"
+        change = f"{accuracy.difference * 100:+.2f} points (95 %: {low * 100:+.2f} to {high * 100:+.2f})"
+    rows = [(accuracy.metric.replace("_", " "), both), ("change", change)]
+    if accuracy.flips is not None:
+        flips = accuracy.flips
+        rows.append(("flips", f"{flips.right_to_wrong} lost, {flips.wrong_to_right} won, {flips.changed} changed"))
+    cut = f", {accuracy.truncated} cut to {accuracy.max_length} tokens" if accuracy.truncated else ""
+    rows.append(("labelled", f"{accuracy.examples} examples of {accuracy.labels.name}{cut}"))
+    return rows
+
+
+def speed_rows(speed: AnySpeed) -> list[tuple[str, str]]:
     """Return the lines of the speed table: the artifact's, then a line a baseline."""
+    return _decoder_speed(speed) if isinstance(speed, Speed) else _encoder_speed(speed)
+
+
+def _encoder_speed(speed: EncoderSpeed) -> list[tuple[str, str]]:
+    rows = [(f"{point.batch} x {point.length}", _point(point)) for point in speed.points]
+    rows += [("load", f"{speed.load_seconds:.2f} s"), ("peak memory", size(speed.peak_rss_bytes))]
+    for name, baseline in speed.baselines.items():
+        ratio = getattr(speed, f"speedup_vs_{name}")
+        if baseline.skipped is not None or ratio is None:
+            rows.append((f"vs {name}", f"not measured: {baseline.skipped}"))
+            continue
+        others = [
+            f"{getattr(point, f'speedup_vs_{name}'):.2f}x at {point.batch} x {point.length}"
+            for point in speed.points
+            if (point.batch, point.length) != (speed.batch, speed.length)
+        ]
+        shown = [f"{ratio:.2f}x at {speed.batch} x {speed.length}", *others]
+        rows.append((f"vs {name}", ", ".join(shown)))
+    return rows
+
+
+def _point(point: MeasuredPoint) -> str:
+    return f"{_latency(point.latency_ms)}, {point.sequences_per_second:.3g}/s, {point.tokens_per_second:.3g} tok/s"
+
+
+def _latency(latency: Latency) -> str:
+    return f"{latency.p50:.3g} ms (p95 {latency.p95:.3g})"
+
+
+def _decoder_speed(speed: Speed) -> list[tuple[str, str]]:
     rows = [
         ("prefill", f"{speed.prefill_tokens_per_second:.0f} tok/s ({speed.prompt_tokens} tokens)"),
         ("decode", f"{_rate(speed.decode_tokens_per_second)} tok/s ({speed.new_tokens} tokens)"),
@@ -102,6 +200,10 @@ def _versus(baseline: Baseline, speedup: float | None, speed: Speed, name: str) 
 
 def _rate(rate: Rate) -> str:
     return f"{rate.median:.3g} ({rate.p10:.3g} to {rate.p90:.3g})"
+
+
+def _share(share: float, error: float | None) -> str:
+    return f"{share:.1%}" if error is None else f"{share:.1%} ± {error:.1%}"
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.tasks import architecture_of, task_of
+
+DECODING = "text-generation"
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,10 @@ class Artifact:
         directory: Where it is, with its tokenizer.
         model: The graph.
         session_options: ONNX Runtime options it has to be loaded with, as text.
-        vocab_size: Rows of the output head.
+        vocab_size: Rows of the token table, and of the output head that has one.
         context_length: The most positions the model knows, ``None`` if its config does not say.
+        task: Its task's name in :mod:`compress.tasks`.
+        config: Its ``config.json``.
     """
 
     directory: Path
@@ -27,6 +33,14 @@ class Artifact:
     session_options: dict[str, str]
     vocab_size: int
     context_length: int | None
+    task: str = DECODING
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up short sequences; what it is makes no difference behind an attention mask."""
+        pad = self.config.get("pad_token_id")
+        return pad if isinstance(pad, int) and 0 <= pad < self.vocab_size else 0
 
     @property
     def bytes(self) -> int:
@@ -37,8 +51,11 @@ class Artifact:
 def open_artifact(directory: Path) -> Artifact:
     """Read ``genai_config.json`` (graph file and session options, if there is one) and ``config.json``.
 
+    A decoder has the former; without it, the config's architecture says what the task is.
+
     Raises:
         CompressError: Something is missing, damaged, or points outside the directory.
+        UnsupportedModelError: The architecture has a head that no task here has.
     """
     if not directory.is_dir():
         raise CompressError("there is no such artifact directory", where=str(directory))
@@ -58,12 +75,15 @@ def open_artifact(directory: Path) -> Artifact:
     if not isinstance(vocab, int) or vocab < 1:
         raise CompressError("the config does not say the vocabulary's size", where=str(directory / "config.json"))
     context = config.get("max_position_embeddings", config.get("n_positions"))
+    genai = (directory / "genai_config.json").exists()
     return Artifact(
         directory,
         directory / filename,
         _options(decoder.get("session_options", {})),
         vocab,
         context if isinstance(context, int) else None,
+        DECODING if genai or architecture_of(config) is None else task_of(config).name,
+        config,
     )
 
 

@@ -18,18 +18,19 @@ import numpy as np
 
 from compress.errors import CompressError, UsageError
 from compress.report.model import (
+    AnyDrift,
+    AnySpeed,
     DecodeConsistency,
     DecoderDrift,
     Divergence,
     Estimate,
     EvaluationText,
     Placement,
-    Speed,
     Stage,
     Verdict,
 )
 from compress.validate import drift, text
-from compress.validate.artifact import Artifact, open_artifact
+from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.gate import judge
 from compress.validate.logits import LogitsFile, check_disk
 from compress.validate.protocol import Json, run_worker
@@ -60,8 +61,8 @@ class Validation:
     """The parts of a report that validation fills in; ``drift`` is the first provider's."""
 
     verdict: Verdict
-    drift: DecoderDrift | None
-    speed: tuple[Speed, ...]
+    drift: AnyDrift | None
+    speed: tuple[AnySpeed, ...]
     placement: tuple[Placement, ...]
     stages: tuple[Stage, ...]
     artifact_bytes: int
@@ -74,9 +75,9 @@ class Measured:
     numbers: dict[str, float | None] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    drift: DecoderDrift | None = None
+    drift: AnyDrift | None = None
     placement: Placement | None = None
-    speed: Speed | None = None
+    speed: AnySpeed | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def run_validation(
     _check_lengths(opened, window, plan)
     stages: list[Stage] = []
     results: dict[str, Measured] = {name: Measured() for name in providers}
-    with tempfile.TemporaryDirectory(prefix=".compress-validate-", dir=_scratch(artifact)) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".compress-validate-", dir=scratch_directory(artifact)) as scratch:
         work = Path(scratch)
         reference = None
         if checkpoint_spec is not None:
@@ -185,7 +186,7 @@ def make_reference(
     response = run_worker(
         "reference", request, timeout=plan.timeout, progress=lambda fraction: progress("reference", fraction)
     )
-    stages.append(Stage(name="reference", seconds=_since(start), peak_rss_bytes=response["peak_rss_bytes"]))
+    stages.append(Stage(name="reference", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
     shape = response["results"][0]["shape"]
     if shape != [windows.size, artifact.vocab_size]:
         raise CompressError(
@@ -214,7 +215,9 @@ def measure_drift(
         {"kind": "logits", "windows": str(reference.windows_path), "output": str(output)},
         {"kind": "cached_logits", "windows": str(some_path), "output": str(decoded), "prefill": length - steps},
     ]
-    response = _run_artifact(artifact, provider, jobs, plan, lambda fraction: progress("drift", fraction))
+    response = run_artifact(
+        artifact, provider, jobs, plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
+    )
     measured = drift.measure(LogitsFile(reference.logits), LogitsFile(output), windows)
     rows = (np.arange(some)[:, None] * length + np.arange(length - steps, length)).ravel()
     through_cache = drift.measure_decode(
@@ -238,19 +241,21 @@ def measure_graph(
     try:
         if reference is None:
             why = "no reference model was given"
-            response = _run_artifact(artifact, provider, [], plan, lambda fraction: progress("placement", fraction))
+            response = run_artifact(
+                artifact, provider, [], plan.threads, plan.timeout, lambda fraction: progress("placement", fraction)
+            )
         else:
             why = ""
             measured.drift, response = measure_drift(artifact, provider, reference, plan, work, progress)
     except UsageError:
         raise
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {_one_line(error)}")
+        measured.failures.append(f"on {provider}: {one_line(error)}")
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), "the run failed")
         return
-    stages.append(Stage(name=f"drift on {provider}", seconds=_since(start), peak_rss_bytes=response["peak_rss_bytes"]))
+    stages.append(Stage(name=f"drift on {provider}", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
     measured.placement = Placement.model_validate(response["placement"])
-    if measured.drift is None:
+    if not isinstance(measured.drift, DecoderDrift):
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), why)
         return
     measured.numbers |= {
@@ -277,10 +282,10 @@ def _measure_speed(
     try:
         speed = measure_speed(artifact, provider, contenders, plan, lambda fraction: progress("speed", fraction))
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {_one_line(error)}")
+        measured.failures.append(f"on {provider}: {one_line(error)}")
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
-    stages.append(Stage(name=f"speed on {provider}", seconds=_since(start), peak_rss_bytes=speed.peak_rss_bytes))
+    stages.append(Stage(name=f"speed on {provider}", seconds=since(start), peak_rss_bytes=speed.peak_rss_bytes))
     measured.speed = speed
     measured.numbers |= {
         "speedup_vs_pytorch": speed.speedup_vs_pytorch,
@@ -289,7 +294,9 @@ def _measure_speed(
     measured.missing |= {f"speedup_vs_{name}": item.skipped or "" for name, item in speed.baselines.items()}
 
 
-def verdict(budgets: Mapping[str, float | None], results: Mapping[str, Measured], size: int) -> Verdict:
+def verdict(
+    budgets: Mapping[str, float | None], results: Mapping[str, Measured], size: int, *, task: str = DECODING
+) -> Verdict:
     """Judge every provider by itself; several providers' reasons are told apart by their names."""
     reasons: list[str] = []
     for name, measured in results.items():
@@ -298,26 +305,36 @@ def verdict(budgets: Mapping[str, float | None], results: Mapping[str, Measured]
             {**measured.numbers, "bytes": float(size)},
             missing=measured.missing,
             fallback={name: measured.placement.fallback_nodes} if measured.placement else {},
-            decode_self_kl=(
-                {name: measured.drift.decode.self_kl_mean} if measured.drift and measured.drift.decode else {}
-            ),
+            decode_self_kl=_decode_self_kl(name, measured),
             failures=measured.failures,
+            task=task,
         )
         reasons += [reason if len(results) == 1 else f"{name}: {reason}" for reason in judgement.reasons]
     return Verdict(status="fail" if reasons else "pass", reasons=tuple(reasons))
 
 
-def _run_artifact(
-    artifact: Artifact, provider: str, jobs: list[Json], plan: SpeedPlan, progress: Callable[[float], None]
+def _decode_self_kl(name: str, measured: Measured) -> dict[str, float]:
+    found = measured.drift
+    return {name: found.decode.self_kl_mean} if isinstance(found, DecoderDrift) and found.decode else {}
+
+
+def run_artifact(
+    artifact: Artifact,
+    provider: str,
+    jobs: list[Json],
+    threads: int,
+    timeout: float,
+    progress: Callable[[float], None],
 ) -> Json:
+    """Run jobs on an artifact in a worker of its own and return its answer; no jobs only load it."""
     request: dict[str, Any] = {
         "model": str(artifact.model),
         "provider": provider,
         "session_options": artifact.session_options,
-        "threads": plan.threads,
+        "threads": threads,
         "jobs": jobs,
     }
-    return run_worker("worker", request, timeout=plan.timeout, progress=progress)
+    return run_worker("worker", request, timeout=timeout, progress=progress)
 
 
 def _baselines(
@@ -368,14 +385,16 @@ def _check_lengths(artifact: Artifact, window: int, plan: SpeedPlan) -> None:
             raise UsageError(f"{what} of {length} tokens is longer than the model's context of {context}")
 
 
-def _scratch(artifact: Path) -> Path:
-    """Return where logits go: ``TMPDIR`` if it is set, else beside the artifact (/tmp may be memory)."""
+def scratch_directory(artifact: Path) -> Path:
+    """Return where outputs go: ``TMPDIR`` if it is set, else beside the artifact (/tmp may be memory)."""
     return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") else artifact.resolve().parent
 
 
-def _since(start: float) -> float:
+def since(start: float) -> float:
+    """Return the seconds since a ``time.perf_counter()``."""
     return round(time.perf_counter() - start, 3)
 
 
-def _one_line(error: CompressError) -> str:
+def one_line(error: CompressError) -> str:
+    """Return what and where without the hint."""
     return f"{error.what} ({error.where})" if error.where else error.what

@@ -94,7 +94,6 @@ def measure_speed(
     contenders: dict[str, Contender] = {str(name): item for name, item in baselines.items()}
     contenders["artifact"] = artifact_contender(artifact.model, artifact.session_options, provider)
     times: dict[str, _Times] = {name: _Times() for name in contenders}
-    skipped: dict[str, str] = {name: item.skipped for name, item in contenders.items() if item.skipped}
     job = {
         "kind": "speed",
         "vocab_size": artifact.vocab_size,
@@ -102,19 +101,34 @@ def measure_speed(
         "new_tokens": plan.new_tokens,
         "repeats": 1,
     }
-    done, total = 0, plan.repeats * len(contenders)
-    for _ in range(plan.repeats):
-        for name, contender in contenders.items():
+    skipped = alternate(
+        contenders, plan.repeats, lambda name: _round(contenders[name], job, plan, times[name]), progress
+    )
+    return _speed(provider, plan, times, skipped)
+
+
+def alternate(
+    contenders: Mapping[str, Contender], rounds: int, run: Callable[[str], None], progress: Callable[[float], None]
+) -> dict[str, str]:
+    """Call ``run`` with each contender's name in turn, ``rounds`` times; return why some were skipped, by name.
+
+    Raises:
+        CompressError: ``artifact`` itself failed.
+    """
+    skipped = {name: item.skipped for name, item in contenders.items() if item.skipped}
+    done, total = 0, rounds * len(contenders)
+    for _ in range(rounds):
+        for name in contenders:
             if name not in skipped:
                 try:
-                    _round(contender, job, plan, times[name])
+                    run(name)
                 except CompressError as error:
                     if name == "artifact":
                         raise
                     skipped[name] = error.what
             done += 1
             progress(done / total)
-    return _speed(provider, plan, times, skipped)
+    return skipped
 
 
 def _round(contender: Contender, job: Mapping[str, Any], plan: SpeedPlan, times: _Times) -> None:

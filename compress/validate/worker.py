@@ -9,7 +9,8 @@ Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` {str: 
   cache -> ``output`` (.npy float32 ``[windows * (length - prefill), vocab]``);
 - ``greedy``: ``prompt`` [ids], ``new_tokens`` -> ``tokens`` [ids];
 - ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats`` -> ``prefill_seconds`` [repeat], ``decode_seconds``
-  [repeat][step]; one unrecorded warm-up first.
+  [repeat][step]; one unrecorded warm-up first;
+- an encoder's jobs are in ``encoding``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from compress import providers
 from compress.contracts import Provider
 from compress.errors import CompressError, ProviderError
+from compress.validate import encoding
 from compress.validate.decoding import CachedDecoder
 from compress.validate.logits import LogitsWriter
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
@@ -48,13 +50,17 @@ def handle(request: Json, job: Path) -> Json:
     session = provider.session(model, request.get("session_options", {}), int(request["threads"]))
     load_seconds = time.perf_counter() - start
     jobs = request["jobs"]
-    decoder = CachedDecoder(session) if jobs else None
+    decoder: CachedDecoder | None = None
     results: list[Json] = []
     for index, item in enumerate(jobs):
-        run = _JOBS.get(item["kind"])
-        if run is None or decoder is None:
-            raise CompressError(f"unknown job {item['kind']!r}", where="request")
-        results.append(run(decoder, item, _part(job, index, len(jobs))))
+        kind, part = item["kind"], _part(job, index, len(jobs))
+        if kind in encoding.JOBS:
+            results.append(encoding.JOBS[kind](session, item, part))
+        elif kind in _JOBS:
+            decoder = decoder or CachedDecoder(session)
+            results.append(_JOBS[kind](decoder, item, part))
+        else:
+            raise CompressError(f"unknown job {kind!r}", where="request")
     return {
         "results": results,
         "load_seconds": load_seconds,

@@ -66,6 +66,7 @@ REPORT: dict[str, Any] = {
         }
     ],
     "placement": [{"provider": "cpu", "nodes_total": 339, "nodes_on_provider": 339, "fallback_nodes": []}],
+    "fusions": {"skip_layer_norm": 12},
     "stages": [{"name": "quantize", "seconds": 12.5, "peak_rss_bytes": 400_000_000}, {"name": "plan", "seconds": 0.1}],
     "environment": {
         "versions": {"python": "3.11.7"},

@@ -7,17 +7,69 @@ import math
 import pytest
 
 from compress.errors import UsageError
-from compress.validate.gate import BUDGETS, MAX_DECODE_SELF_KL, judge
+from compress.profile import Budget
+from compress.validate.gate import BUDGETS, MAX_DECODE_SELF_KL, TASKS_OF, judge
 
 GOOD = {
     "kl": 0.1,
     "top1_agreement": 0.9,
     "perplexity_ratio": 1.1,
+    "cosine": 0.999,
+    "worst_cosine": 0.99,
+    "neighbour_agreement": 0.97,
+    "label_agreement": 0.98,
+    "accuracy_drop": 0.001,
+    "accuracy_drop_bound": 0.008,
     "speedup_vs_pytorch": 2.0,
     "speedup_vs_onnx_float": 1.5,
     "bytes": 1000.0,
 }
-LIMITS = dict(zip(BUDGETS, (0.2, 0.8, 1.2, 1.0, 1.0, 2000.0), strict=True))
+LIMITS = {
+    "max_kl": 0.2,
+    "min_top1_agreement": 0.8,
+    "max_perplexity_ratio": 1.2,
+    "min_cosine": 0.998,
+    "min_worst_cosine": 0.95,
+    "min_neighbour_agreement": 0.96,
+    "min_label_agreement": 0.97,
+    "max_accuracy_drop": 0.005,
+    "max_accuracy_drop_bound": 0.01,
+    "min_speedup_vs_pytorch": 1.0,
+    "min_speedup_vs_onnx_float": 1.0,
+    "max_bytes": 2000.0,
+}
+
+
+def test_every_budget_is_tried_below() -> None:
+    assert set(LIMITS) == set(BUDGETS) == set(Budget.model_fields)
+    assert {f"max_{name}" in BUDGETS or f"min_{name}" in BUDGETS for name in TASKS_OF} == {True}
+
+
+@pytest.mark.parametrize(
+    ("task", "skipped"),
+    [
+        ("text-generation", {"cosine", "worst_cosine", "neighbour_agreement", "label_agreement", "accuracy_drop",
+                             "accuracy_drop_bound"}),
+        ("embedding", {"kl", "top1_agreement", "perplexity_ratio", "label_agreement"}),
+        ("text-classification", {"kl", "top1_agreement", "perplexity_ratio", "cosine", "worst_cosine",
+                                 "neighbour_agreement"}),
+        ("fill-mask", {"kl", "top1_agreement", "perplexity_ratio", "cosine", "worst_cosine", "neighbour_agreement",
+                       "accuracy_drop", "accuracy_drop_bound"}),
+    ],
+)  # fmt: skip
+def test_budgets_that_a_task_does_not_have_are_skipped_and_no_others(task: str, skipped: set[str]) -> None:
+    reasons = judge(LIMITS, {}, task=task).reasons
+    asked = {reason.split(" was not measured")[0] for reason in reasons}
+    assert asked == {budget.split("_", 1)[1] for budget in BUDGETS} - skipped
+    beyond = {name: -1.0 if f"min_{name}" in BUDGETS else 9e9 for name in GOOD}
+    assert len(judge(LIMITS, beyond, task=task).reasons) == len(asked)
+
+
+def test_a_near_miss_is_told_with_enough_digits() -> None:
+    assert judge({"min_cosine": 0.998}, {"cosine": 0.997996}).reasons == (
+        "cosine is 0.997996, the budget asks for at least 0.998",
+    )
+    assert "is 0.997999999" in judge({"min_cosine": 0.998}, {"cosine": 0.9979999990}).reasons[0]
 
 
 def test_everything_within_its_budget_passes() -> None:
