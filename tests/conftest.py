@@ -16,12 +16,12 @@ from tiny_models import Skeletons, save_tiny_model
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a family's name to its saved tiny model, each made once."""
+    """Return a function from a name (``llama``, ``bert:fill-mask``) to its saved tiny model, each made once."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = save_tiny_model(name, tmp_path_factory.mktemp(f"tiny-{name}"))
+            made[name] = save_tiny_model(name, tmp_path_factory.mktemp(f"tiny-{name.replace(':', '-')}"))
         return made[name]
 
     return get
@@ -43,7 +43,7 @@ def fast_skeletons(skeletons: Skeletons, monkeypatch: pytest.MonkeyPatch) -> Non
 def tiny_artifact(
     tiny_model: Callable[[str], Path], skeletons: Skeletons, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Return a function from family, profile and ``KEY=VALUE`` overrides to an artifact, each made once; read only."""
+    """Return a function from name, profile and ``KEY=VALUE`` overrides to an artifact, each made once; read only."""
     made: dict[tuple[str, ...], Path] = {}
 
     def get(name: str, profile: str = "arm-int4", *overrides: str) -> Path:
@@ -53,7 +53,7 @@ def tiny_artifact(
 
         key = (name, profile, *overrides)
         if key not in made:
-            output = tmp_path_factory.mktemp("artifact") / f"{name}-{profile}"
+            output = tmp_path_factory.mktemp("artifact") / f"{name.replace(':', '-')}-{profile}"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
                 pipeline.export(

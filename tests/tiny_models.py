@@ -1,10 +1,13 @@
-"""Tiny random models of every decoder family, saved as transformers saves them, and their graph skeletons."""
+"""Tiny random models of every family and task, saved as transformers saves them, and their graph skeletons."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import string
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +70,55 @@ def _config(name: str) -> tuple[Any, str]:
     raise KeyError(name)
 
 
+#: Decoders.
 FAMILIES = ("llama", "llama-untied", "mistral", "phi3", "phi3-longrope", "gpt2")
+
+#: Positions of the tiny encoders: sequences of that length fill the table.
+POSITIONS = 64
+LABELS = {
+    "text-classification": ("negative", "neutral", "positive"),
+    "token-classification": ("O", "B-NAME", "I-NAME"),
+}
+ENCODER_STEMS = {"bert": "Bert", "distilbert": "DistilBert", "albert": "Albert", "electra": "Electra"}
+TASK_SUFFIXES = {
+    "embedding": "Model",
+    "text-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+    "fill-mask": "ForMaskedLM",
+}
+#: Every encoder family with every task, as ``family:task``.
+ENCODERS = tuple(f"{family}:{task}" for family in ENCODER_STEMS for task in TASK_SUFFIXES)
+_ENCODER_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "initializer_range": 0.12,
+}
+#: What differs from it: DistilBERT's own words, ALBERT's and ELECTRA's narrower embedding (ALBERT's layers share).
+_ENCODER_CHANGES: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 64, "hidden_dim": 160, "n_layers": 3, "n_heads": 4},
+    "albert": {"embedding_size": 32},
+    "electra": {"embedding_size": 32},
+}
+
+
+def _encoder_config(name: str) -> tuple[Any, str]:
+    from transformers import AutoConfig
+
+    family, _, task = name.partition(":")
+    shape: dict[str, Any] = {**_ENCODER_SHAPE, **_ENCODER_CHANGES.get(family, {})}
+    if family == "distilbert":
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            del shape[key]
+    if task in LABELS:
+        shape["id2label"] = dict(enumerate(LABELS[task]))
+        shape["label2id"] = {label: index for index, label in enumerate(LABELS[task])}
+    return AutoConfig.for_model(family, **shape), f"{ENCODER_STEMS[family]}{TASK_SUFFIXES[task]}"
 
 
 def build_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
@@ -92,12 +143,78 @@ def build_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
     ).save_pretrained(directory)
 
 
+def build_wordpiece_tokenizer(directory: Path, vocabulary: int = VOCABULARY, longest: int = POSITIONS) -> None:
+    """Write a lower-case WordPiece tokenizer with BERT's special tokens and exactly ``vocabulary`` ids.
+
+    Single characters, their continuations, then the most frequent words of a text that ships with Python.
+    """
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    signs = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [*special, *signs, *(f"##{sign}" for sign in string.ascii_lowercase + string.digits)]
+    text = " ".join(topics[name] for name in sorted(topics)[:8]).lower()
+    counts = Counter("".join(sign if sign.isalpha() else " " for sign in text).split())
+    words = sorted((word for word in counts if len(word) > 1 and word.isascii()), key=lambda w: (-counts[w], w))
+    pieces += words[: vocabulary - len(pieces)]
+    assert len(pieces) == vocabulary == len(set(pieces))
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, ids[name]) for name in ("[CLS]", "[SEP]")],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=longest,
+        **{f"{name.strip('[]').lower()}_token": name for name in special},
+    ).save_pretrained(directory)
+
+
+def add_sentence_transformers(directory: Path, mode: str = "mean", *, normalize: bool = True) -> Path:
+    """Add the files that make a saved model's directory one of sentence-transformers; returns it."""
+    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    modules = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": f"{index}_{name}" if index else "",
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for index, name in enumerate(names)
+    ]
+    for index, name in enumerate(names[1:], 1):
+        (directory / f"{index}_{name}").mkdir()
+    config = json.loads((directory / "config.json").read_text())
+    pooling = {
+        "word_embedding_dimension": config.get("hidden_size", config.get("dim")),
+        "pooling_mode_cls_token": mode == "cls",
+        "pooling_mode_mean_tokens": mode == "mean",
+        "pooling_mode_max_tokens": mode == "max",
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    }
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": false}')
+    return directory
+
+
 def save_tiny_model(name: str, directory: Path, **changes: Any) -> Path:
-    """Save a tiny random model of a family, with a tokenizer; ``changes`` go into the config."""
+    """Save a tiny random model, with a tokenizer; ``changes`` go into the config.
+
+    ``name`` is a decoder's of :data:`FAMILIES` or an encoder's of :data:`ENCODERS`.
+    """
     import torch
     import transformers
 
-    config, architecture = _config(name)
+    encoder = ":" in name
+    config, architecture = _encoder_config(name) if encoder else _config(name)
     for key, value in changes.items():
         setattr(config, key, value)
     config.architectures = [architecture]
@@ -105,11 +222,14 @@ def save_tiny_model(name: str, directory: Path, **changes: Any) -> Path:
     model = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name or "ln_" in parameter_name or parameter_name.endswith("bias"):
+            if "norm" in parameter_name.lower() or "ln_" in parameter_name or parameter_name.endswith("bias"):
                 # transformers starts norms at one and biases at zero, which would hide a mixed-up one.
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(directory)
-    build_tokenizer(directory)
+    if encoder:
+        build_wordpiece_tokenizer(directory)
+    else:
+        build_tokenizer(directory)
     return directory
 
 
@@ -122,14 +242,14 @@ class Skeletons:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def build(self, config_directory: Path, output: Path, *, environment: Any = None) -> None:
+    def build(self, config_directory: Path, output: Path, task: str = "", *, environment: Any = None) -> None:
         """Stand in for :func:`compress.graph.skeleton.build_skeleton`."""
         from compress.graph import skeleton
 
         config = (config_directory / "config.json").read_bytes()
-        kept = self._directory / f"{hashlib.sha256(config).hexdigest()}.onnx"
+        kept = self._directory / f"{hashlib.sha256(config + task.encode()).hexdigest()}.onnx"
         if not kept.exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the worker's warnings end in its log
-                skeleton._work(str(config_directory), str(kept))
+                skeleton._work(str(config_directory), str(kept), task)
         shutil.copyfile(kept, output)
