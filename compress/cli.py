@@ -68,6 +68,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA adapter's directory to merge."),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option(
+            "--task",
+            metavar="NAME",
+            help="What the model shall do: embedding, text-classification, token-classification, question-answering, "
+            "fill-mask, text-generation. Default: what its architecture is for.",
+        ),
     ):
         command = option(command)
     return command
@@ -85,15 +91,20 @@ def _profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+_labels_option = click.option(
+    "--eval-labels",
+    type=click.Path(path_type=Path),
+    help="Labelled examples, one JSON object a line: measures the task's accuracy before and after (encoders).",
+)
 _threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
 )
 
 
-def _reference(model: str, adapter: Path | None, revision: str | None) -> ModelReference:
+def _reference(model: str, adapter: Path | None, revision: str | None, task: str | None) -> ModelReference:
     from compress.pipeline import ModelReference
 
-    return ModelReference(model, adapter=adapter, revision=revision)
+    return ModelReference(model, adapter=adapter, revision=revision, task=task)
 
 
 def _print_json(document: Any) -> None:
@@ -107,6 +118,7 @@ def _print_json(document: Any) -> None:
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE."
 )
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
+@_labels_option
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
@@ -119,12 +131,14 @@ def export(
     overrides: tuple[str, ...],
     output: Path | None,
     eval_text: Path | None,
+    eval_labels: Path | None,
     max_memory: str | None,
     seed: int,
     no_validate: bool,
     threads: int | None,
     adapter: Path | None,
     revision: str | None,
+    task: str | None,
     as_json: bool,
 ) -> int:
     """Export MODEL under a profile, measure it, and leave a deployable artifact."""
@@ -137,13 +151,14 @@ def export(
     output = output or Path("artifacts") / f"{_short(model)}-{recipe.name}"
     options = pipeline.ExportOptions(
         eval_text=eval_text,
+        eval_labels=eval_labels,
         max_memory=parse_size(max_memory) if max_memory is not None else None,
         seed=seed,
         validate=not no_validate,
         threads=threads or os.cpu_count() or 1,
     )
     stages = Stages(show=sys.stderr.isatty() and not as_json)
-    result = pipeline.export(_reference(model, adapter, revision), recipe, output, options, stages)
+    result = pipeline.export(_reference(model, adapter, revision, task), recipe, output, options, stages)
     if as_json:
         _print_json({"output": str(output), "manifest": result.manifest, "report": result.report})
     else:
@@ -182,6 +197,7 @@ def plan(
     threads: int | None,
     adapter: Path | None,
     revision: str | None,
+    task: str | None,
     as_json: bool,
 ) -> int:
     """Show what an export would do: sizes, memory and bits of every tensor. Reads only config and headers."""
@@ -191,7 +207,7 @@ def plan(
     from compress.show import plan_document, plan_text
 
     recipe = load_profile(profile, overrides)
-    with _reference(model, adapter, revision).open(config_only=True) as checkpoint:
+    with _reference(model, adapter, revision, task).open(config_only=True) as checkpoint:
         made = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
         document = plan_document(made, recipe, checkpoint, threads or os.cpu_count() or 1)
     if as_json:
@@ -209,6 +225,7 @@ def plan(
     "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
 )
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
+@_labels_option
 @_threads_option
 @_json_option
 def validate(
@@ -217,6 +234,7 @@ def validate(
     adapter: Path | None,
     providers: tuple[str, ...],
     eval_text: Path | None,
+    eval_labels: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> int:
@@ -231,6 +249,7 @@ def validate(
         adapter=adapter,
         providers=providers,
         eval_text=eval_text,
+        eval_labels=eval_labels,
         threads=threads,
         stages=stages,
     )

@@ -29,7 +29,7 @@ from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
-from compress.tasks import load_task
+from compress.tasks import load_task, task_of
 from compress.validate import text
 
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
@@ -118,6 +118,8 @@ def export(
         with stages.stage("plan"):
             require_tokenizer(checkpoint)
             structure = describe(checkpoint)
+            task = task_of(checkpoint.config).name
+            check_labels(structure, options)
             for target in _targets(profile):
                 if target.applies(structure):
                     target.check(checkpoint)  # what is damaged is found out now, not after the weights
@@ -135,12 +137,12 @@ def export(
                 files=digests.result(),
                 adapter={"directory": model.adapter.name} if model.adapter else None,
             )
-            record["fusions"] = dict(fired)
+            record |= {"task": task, "fusions": dict(fired)}
             report, status, code = None, "built", EXIT_OK
             if options.validate:
                 from compress import proof
 
-                report = proof.prove(model, checkpoint, plan, profile, directory, options, stages)
+                report = proof.prove(model, checkpoint, plan, profile, directory, options, stages, fusions=fired)
                 status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
                 code = proof.exit_code(report)
             record = manifest.write_manifest(directory, record, status=status)
@@ -198,6 +200,19 @@ def build(
             if target.applies(plan.structure):
                 target.write(directory, plan.structure, checkpoint, inputs=inputs)
     return graph.fired
+
+
+def check_labels(structure: Structure, options: ExportOptions) -> None:
+    """Refuse labelled examples for a model that gives none, before work starts.
+
+    Raises:
+        UsageError: The model writes text.
+    """
+    if options.eval_labels is not None and not isinstance(structure, Encoder):
+        raise UsageError(
+            "labelled examples are for models with a task's head; this one writes text",
+            hint="leave --eval-labels out; --eval-text measures its drift",
+        )
 
 
 def _encoder_task(plan: Plan) -> str:

@@ -7,7 +7,7 @@ Requires a :class:`~compress.contracts.Structure` and a :class:`~compress.profil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -145,11 +145,10 @@ def make_plan(structure: Structure, profile: Profile, checkpoint: Checkpoint) ->
         UsageError: A scheme that cannot be, or that the profile's provider cannot run.
     """
     layout = _Layout()
-    fates: list[Fate] = []
-    for table in structure.tables:
-        fates.append(_plan_table(table, structure, profile, layout))
+    fates = [_plan_table(table, structure, profile, layout) for table in structure.tables]
+    tied = any(fate.tied for fate in fates)
     for linear in structure.linears:
-        if not (linear.role == "head" and structure.tied):
+        if not (linear.role == "head" and tied):
             fates.append(_plan_linear(linear, _checked(profile, linear.role), profile, layout))
         if linear.bias:
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
@@ -202,7 +201,12 @@ class _Layout:
 def _checked(profile: Profile, role: Role) -> Scheme | None:
     scheme = profile.quantize.scheme(role)
     if scheme is not None:
-        validate_scheme(scheme, where=f"profile {profile.name}, role {role}")
+        where = f"profile {profile.name}, role {role}"
+        if scheme.block_size == 0 and role in ("embedding", "position"):
+            # A row is looked up with its one scale: any width will do.
+            validate_scheme(scheme, where=where, whole_rows=True)
+            return scheme
+        validate_scheme(scheme, where=where)
         reason = load_provider(profile.provider).supports(scheme)
         if reason is not None:
             raise UsageError(reason, where=f"profile {profile.name}, role {role}", hint="change quantize.* with --set")
@@ -214,6 +218,11 @@ def _plan_table(table: Table, structure: Structure, profile: Profile, layout: _L
     # Two rows of segments cost nothing.
     scheme = _checked(profile, role) if table.role != "type" else None
     tied = structure.tied and table.role == "token"
+    if tied and scheme is not None and scheme.block_size == 0:
+        # The head multiplies by the same bytes, in whole blocks; a width that no block divides is stored twice.
+        whole = [size for size in BLOCK_SIZES if table.columns % size == 0]
+        tied = bool(whole)
+        scheme = replace(scheme, block_size=whole[-1]) if whole else scheme
     if scheme is None:
         stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
     else:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from compress import pipeline, pooling, providers, resources
-from compress.contracts import Checkpoint
+from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, ProviderError, UsageError
 from compress.package import manifest
 from compress.package.writer import require_space
 from compress.plan import Plan, make_plan
 from compress.profile import Profile, load_profile, parse_profile
+from compress.profile import Validation as MeasurePlan
 from compress.progress import Stages
 from compress.report import json as report_json
 from compress.report import model as report
 from compress.report.environment import environment
-from compress.validate.artifact import open_artifact
+from compress.source.sentence_transformers import Pooling
+from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.memory import check_memory
-from compress.validate.run import CheckpointSpec, run_validation
+from compress.validate.run import CheckpointSpec, Validation, run_validation
 from compress.validate.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
 
 REPORT_NAME = "report.json"
@@ -38,6 +40,7 @@ def prove(
     options: pipeline.ExportOptions,
     stages: Stages,
     *,
+    fusions: Mapping[str, int],
     provider_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Validate an artifact against its source, write ``report.json`` into it, and return the report.
@@ -48,25 +51,24 @@ def prove(
     """
     names = tuple(provider_names) or (profile.provider,)
     require_providers(names)
-    measured, context = profile.validation, plan.structure.context_length
-    prompt, new = _lengths(measured.prompt_tokens, measured.new_tokens, context)
     with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
-        result = run_validation(
-            directory,
-            checkpoint_spec=CheckpointSpec(model.resolved, model.adapter, model.revision),
-            budgets=profile.budget.model_dump(),
-            providers=names,
-            eval_text=options.eval_text,
-            tokens=measured.tokens,
-            window=min(measured.window, context),
-            threads=options.threads,
-            float_baseline=graph,
-            float_baseline_reason=reason,
-            pytorch_baseline="pytorch" in measured.baselines,
-            progress=progress,
-            speed_plan=SpeedPlan(prompt_tokens=prompt, new_tokens=new, repeats=measured.repeats),
-            memory_cap=options.max_memory,
-        )
+        shared: dict[str, Any] = {
+            "checkpoint_spec": CheckpointSpec(model.resolved, model.adapter, model.revision, model.wanted_task),
+            "budgets": profile.budget.model_dump(),
+            "providers": names,
+            "eval_text": options.eval_text,
+            "threads": options.threads,
+            "float_baseline": graph,
+            "float_baseline_reason": reason,
+            "pytorch_baseline": "pytorch" in profile.validation.baselines,
+            "progress": progress,
+            "memory_cap": options.max_memory,
+        }
+        if isinstance(plan.structure, Encoder):
+            pool = pooling.resolve(plan.structure, profile, checkpoint)
+            result = _run_encoder(directory, profile.validation, pool, options.eval_labels, shared)
+        else:
+            result = _run_decoder(directory, profile.validation, plan.structure.context_length, shared)
     before = tuple(
         report.Stage(name=stage.name, seconds=stage.seconds, peak_rss_bytes=stage.peak_rss_bytes)
         for stage in stages.done
@@ -89,10 +91,41 @@ def prove(
         speed=result.speed,
         placement=result.placement,
         stages=(*before, *result.stages),
+        fusions=dict(fusions),
         environment=environment(),
     )
     report_json.write(made, directory / REPORT_NAME)
     return made.model_dump(mode="json")
+
+
+def _run_encoder(
+    directory: Path, measured: MeasurePlan, pool: Pooling | None, labels: Path | None, shared: Mapping[str, Any]
+) -> Validation:
+    from compress.validate.encoder_run import run_encoder_validation
+
+    return run_encoder_validation(
+        directory,
+        eval_labels=labels,
+        texts=measured.texts,
+        max_length=measured.max_length,
+        lengths=measured.lengths,
+        batches=measured.batches,
+        repeats=measured.repeats,
+        pooling=pool.mode if pool else "none",
+        normalize=pool.normalize if pool else False,
+        **shared,
+    )
+
+
+def _run_decoder(directory: Path, measured: MeasurePlan, context: int, shared: Mapping[str, Any]) -> Validation:
+    prompt, new = _lengths(measured.prompt_tokens, measured.new_tokens, context)
+    return run_validation(
+        directory,
+        tokens=measured.tokens,
+        window=min(measured.window, context),
+        speed_plan=SpeedPlan(prompt_tokens=prompt, new_tokens=new, repeats=measured.repeats),
+        **shared,
+    )
 
 
 def validate_artifact(
@@ -102,6 +135,7 @@ def validate_artifact(
     adapter: Path | None,
     providers: Sequence[str],
     eval_text: Path | None,
+    eval_labels: Path | None,
     threads: int | None,
     stages: Stages,
 ) -> tuple[dict[str, Any], int]:
@@ -114,11 +148,25 @@ def validate_artifact(
     record = manifest.read_manifest(artifact)
     profile = parse_profile(record["profile"], where=str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)
-    options = pipeline.ExportOptions(eval_text=eval_text, seed=record["seed"], threads=threads or os.cpu_count() or 1)
+    options = pipeline.ExportOptions(
+        eval_text=eval_text, eval_labels=eval_labels, seed=record["seed"], threads=threads or os.cpu_count() or 1
+    )
     with model.open() as checkpoint:
         _check_same(checkpoint, record)
-        plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)
-        made = prove(model, checkpoint, plan, profile, artifact, options, stages, provider_names=providers)
+        structure = pipeline.describe(checkpoint)
+        pipeline.check_labels(structure, options)
+        plan = make_plan(structure, profile, checkpoint)
+        made = prove(
+            model,
+            checkpoint,
+            plan,
+            profile,
+            artifact,
+            options,
+            stages,
+            fusions=record.get("fusions", {}),
+            provider_names=providers,
+        )
     passed = made["verdict"]["status"] == "pass"
     manifest.write_manifest(artifact, record, status="accepted" if passed else "rejected")
     return made, exit_code(made)
@@ -147,6 +195,8 @@ def bench_artifact(
         ProviderError: A requested provider does not work here.
     """
     opened = open_artifact(artifact)
+    if opened.task != DECODING:
+        return _bench_encoder(artifact, opened, providers, repeats, threads or os.cpu_count() or 1)
     if opened.context_length is not None and prompt_tokens + new_tokens > opened.context_length:
         raise UsageError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context of "
@@ -157,6 +207,23 @@ def bench_artifact(
     require_providers(names)
     plan = SpeedPlan(prompt_tokens, new_tokens, repeats, threads or os.cpu_count() or 1)
     speeds = [measure_speed(opened, name, {}, plan, lambda fraction: None) for name in names]
+    return {
+        "schema_version": 1,
+        "speed": [speed.model_dump(mode="json") for speed in speeds],
+        "environment": environment().model_dump(mode="json"),
+    }
+
+
+def _bench_encoder(
+    artifact: Path, opened: Artifact, wanted: Sequence[str], repeats: int, threads: int
+) -> dict[str, Any]:
+    from compress.validate.encoder_speed import EncoderSpeedPlan, measure_encoder_speed
+
+    recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
+    names = tuple(wanted) or (recipe.provider,)
+    require_providers(names)
+    plan = EncoderSpeedPlan(recipe.validation.lengths, recipe.validation.batches, repeats, threads)
+    speeds = [measure_encoder_speed(opened, name, {}, plan, lambda fraction: None) for name in names]
     return {
         "schema_version": 1,
         "speed": [speed.model_dump(mode="json") for speed in speeds],
@@ -210,15 +277,15 @@ def _lengths(prompt: int, new: int, context: int) -> tuple[int, int]:
 
 
 def _source_of(record: Mapping[str, Any], reference: str | None, adapter: Path | None) -> pipeline.ModelReference:
-    source = record["source"]
+    source, task = record["source"], record.get("task")
     if source.get("adapter") and adapter is None:
         raise UsageError("the artifact was made with an adapter", hint="give it again: --adapter DIR")
     if reference is not None:
-        return pipeline.ModelReference(reference, adapter=adapter)
+        return pipeline.ModelReference(reference, adapter=adapter, task=task)
     if source["kind"] == "hub":
-        return pipeline.ModelReference(source["id"], adapter=adapter, revision=source["revision"])
+        return pipeline.ModelReference(source["id"], adapter=adapter, revision=source["revision"], task=task)
     if source["kind"] == "package":
-        return pipeline.ModelReference(f"package:{source['id']}", adapter=adapter)
+        return pipeline.ModelReference(f"package:{source['id']}", adapter=adapter, task=task)
     raise UsageError(
         f"the manifest keeps no local paths: where is the source model {source['id']!r}?", hint="give --reference MODEL"
     )

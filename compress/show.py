@@ -180,6 +180,9 @@ def bench_text(document: Mapping[str, Any]) -> str:
     """Return speeds as text, a line a provider."""
     lines = []
     for entry in document["speed"]:
+        if "points" in entry:
+            lines += _encoder_bench(entry)
+            continue
         decode = entry["decode_tokens_per_second"]
         lines.append(
             f"{entry['provider']} ({entry['evidence']}, {entry['threads']} threads): "
@@ -188,3 +191,17 @@ def bench_text(document: Mapping[str, Any]) -> str:
             f"load {entry['load_seconds']:.2f} s, peak {format_size(entry['peak_rss_bytes'])}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _encoder_bench(entry: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{entry['provider']} ({entry['evidence']}, {entry['threads']} threads): load {entry['load_seconds']:.2f} s, "
+        f"peak {format_size(entry['peak_rss_bytes'])}"
+    ]
+    for point in entry["points"]:
+        latency = point["latency_ms"]
+        lines.append(
+            f"  {point['batch']} x {point['length']:<4} p50 {latency['p50']:.2f} ms, p95 {latency['p95']:.2f} ms, "
+            f"{point['sequences_per_second']:.0f} texts/s"
+        )
+    return lines

@@ -169,15 +169,16 @@ def pack_table(codes: ByteArray, scheme: Scheme, columns: int) -> ByteArray:
     Raises:
         ValueError: ``codes`` is not as wide as ``columns`` need, or a code does not fit.
     """
-    if codes.shape[1] != scheme.blocks(columns) * scheme.block_size:
-        size = scheme.block_size
+    size = scheme.block_size or columns
+    if codes.shape[1] != scheme.blocks(columns) * size:
         raise ValueError(f"{codes.shape[1]} codes a row do not match {columns} columns in blocks of {size}")
     return pack_codes(codes[:, :columns], scheme.bits)
 
 
 def unpack_table(packed: ByteArray, scheme: Scheme, columns: int) -> ByteArray:
     """Undo :func:`pack_table`: uint8 ``[V, blocks * block_size]``; padding comes back as the symmetric zero point."""
-    codes = np.full((packed.shape[0], scheme.blocks(columns) * scheme.block_size), zero_code(scheme.bits), np.uint8)
+    width = scheme.blocks(columns) * (scheme.block_size or columns)
+    codes = np.full((packed.shape[0], width), zero_code(scheme.bits), np.uint8)
     codes[:, :columns] = unpack_codes(packed, scheme.bits, columns)
     return codes
 

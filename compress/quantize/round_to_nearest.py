@@ -91,7 +91,7 @@ class RoundToNearest:
             CompressError: A scale is beyond ``scale_format``'s range.
             ValueError: ``weight`` is not a float32 matrix, or ``importance`` does not fit it or is negative or NaN.
         """
-        validate_scheme(scheme)
+        validate_scheme(scheme, whole_rows=True)
         validate_scale_format(scale_format)
         if weight.ndim != 2 or weight.dtype != np.float32:
             raise ValueError(f"expected a float32 matrix, got {weight.dtype} {list(weight.shape)}")

@@ -15,12 +15,13 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 INTEGER_BITS = (7, 8)
 
 
-def validate_scheme(scheme: Scheme, *, where: str | None = None) -> None:
+def validate_scheme(scheme: Scheme, *, where: str | None = None, whole_rows: bool = False) -> None:
     """Refuse a scheme that no kernel runs.
 
     Args:
         scheme: What a profile asks for.
         where: The profile key or tensor the scheme belongs to, for the message.
+        whole_rows: Block size 0, a block a row, is fine: the weight is looked up, not multiplied.
 
     Raises:
         UsageError: ``bits`` or ``block_size`` is none of the supported values; the hint names the nearest one.
@@ -34,6 +35,8 @@ def validate_scheme(scheme: Scheme, *, where: str | None = None) -> None:
             where=where,
             hint=f"set bits to {_nearest(scheme.bits, BITS)}",
         )
+    if whole_rows and scheme.block_size == 0:
+        return
     if isinstance(scheme.block_size, bool) or scheme.block_size not in BLOCK_SIZES:
         raise UsageError(
             f"block size {scheme.block_size} has no kernel; it must be one of {_listed(BLOCK_SIZES)}",

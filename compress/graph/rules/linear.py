@@ -47,8 +47,8 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int)
     """Replace every linear of the plan; returns how many."""
     fired = 0
     for linear in plan.structure.linears:
-        tied = linear.role == "head" and plan.structure.tied
-        fate = plan.by_name[plan.structure.tables[0].name if tied else linear.name]
+        # A tied head has no weight of its own.
+        fate = plan.by_name.get(linear.name) or plan.by_name[plan.structure.tables[0].name]
         bias = plan.by_name.get(f"{linear.name}.bias")
         places = _find(weights, linear)
         for index, place in enumerate(places):

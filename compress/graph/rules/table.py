@@ -43,10 +43,15 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
             [output],
             domain="com.microsoft",
             bits=fate.scheme.bits,
-            block_size=fate.scheme.block_size,
+            block_size=fate.scheme.block_size or _covering(fate.columns),
             gather_axis=0,
             quantize_axis=1,
         )
         ir.convenience.replace_all_uses_with(gather.outputs[0], output)
         drop(graph, [gather])
     return len(plan.structure.tables)
+
+
+def _covering(columns: int) -> int:
+    """Return a block that holds a whole row: the operator takes powers of two from 16 on."""
+    return max(16, 1 << (columns - 1).bit_length())
