@@ -8,9 +8,10 @@ Cast.
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from compress.contracts import Decoder, Structure
+from compress.contracts import Decoder, Encoder, Structure
 
 if TYPE_CHECKING:
     from compress.plan import Fate, Plan, StoredTensor
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 _LOCATION = "model.onnx.data"
 #: Fixed bytes and bytes a block of the remaining nodes, inputs and outputs: with rotary embedding, and without.
 _ROTARY, _ABSOLUTE = (1690, 2762), (1680, 2085)
-_ENCODER = (2500, 1900)
+#: An encoder's block without its linears, and the rest of its graph by task (an embedding's pools and normalises).
+_ENCODER_BLOCK = 690
+_ENCODER_TASK = {
+    "embedding": 1910,
+    "text-classification": 1060,
+    "token-classification": 985,
+    "question-answering": 1300,
+    "fill-mask": 1220,
+}
+#: The nodes of one of its linears, by how it multiplies; what a quantized table needs more; the table of segments.
+_ENCODER_LINEAR = {"float": 162, "integer": 119, "blocks": 176}
+_ENCODER_LOOKUP, _ENCODER_SEGMENTS = 103, 122
 #: A linear without quantization has a MatMul with fewer inputs and no attributes; with a bias it also has an Add.
 _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
@@ -28,21 +40,23 @@ _CAST = 48
 
 def predict_graph_bytes(plan: Plan) -> int:
     """Return the predicted bytes of ``model.onnx``."""
-    total = _node_bytes(plan.structure)
+    encoder = plan.structure if isinstance(plan.structure, Encoder) else None
+    total = _encoder_nodes(plan, encoder) if encoder is not None else _node_bytes(plan.structure)
+    shared = _shared_prefixes(plan.structure)
     for fate in plan.fates:
-        uses = 2 if fate.tied else 1
+        uses = (2 if fate.tied else 1) * next((times for name, times in shared.items() if fate.name.startswith(name)), 1)
         for stored in fate.stored:
             total += _entry_bytes(stored) + uses * (len(stored.name) + 2)
-        total += _node_extra(fate, biased=f"{fate.name}.bias" in plan.by_name)
+        total += _scales_extra(fate)
+        if encoder is None and fate.kind == "matmul" and fate.scheme is None:
+            total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
         if fate.tied and fate.scheme is not None:
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
     return total
 
 
 def _node_bytes(structure: Structure) -> int:
-    if not isinstance(structure, Decoder):
-        fixed, block = _ENCODER
-        return fixed + block * structure.layers
+    assert isinstance(structure, Decoder)
     fixed, block = _ROTARY if structure.rope_shape is not None else _ABSOLUTE
     total = fixed + block * structure.layers
     if structure.rope_switch is not None:
@@ -50,15 +64,43 @@ def _node_bytes(structure: Structure) -> int:
     return total
 
 
-def _node_extra(fate: Fate, *, biased: bool) -> int:
-    if fate.kind == "matmul" and fate.scheme is None:
-        return _FLOAT_LINEAR + (_FLOAT_BIAS if biased else 0)
+def _encoder_nodes(plan: Plan, encoder: Encoder) -> int:
+    total = _ENCODER_TASK[encoder.task] + _ENCODER_BLOCK * encoder.layers
+    times = _runs(encoder)
+    for linear in encoder.linears:
+        fate = plan.by_name.get(linear.name) or plan.by_name[encoder.tables[0].name]  # tied
+        kind = "float" if fate.scheme is None else "blocks" if fate.scheme.activations == "none" else "integer"
+        total += _ENCODER_LINEAR[kind] * (times if linear.layer is not None else 1)
+    tables = [plan.by_name[table.name] for table in encoder.tables]
+    total += _ENCODER_LOOKUP * sum(fate.scheme is not None for fate in tables)
+    return total + (_ENCODER_SEGMENTS if any(table.role == "type" for table in encoder.tables) else 0)
+
+
+def _runs(structure: Structure) -> int:
+    """Return how often a block's weights are used: more than once where layers share them (ALBERT)."""
+    blocks = {linear.layer for linear in structure.linears if linear.layer is not None}
+    return structure.layers // len(blocks)
+
+
+def _shared_prefixes(structure: Structure) -> dict[str, int]:
+    """Return the blocks whose weights several layers read, by the start of their names, with how many layers do."""
+    times = _runs(structure)
+    if times == 1:
+        return {}
+    names: dict[int, list[str]] = {}
+    for linear in structure.linears:
+        if linear.layer is not None:
+            names.setdefault(linear.layer, []).append(linear.name)
+    return {commonprefix(group): times for group in names.values()}
+
+
+def _scales_extra(fate: Fate) -> int:
     scales = fate.part("scales")
-    if scales is not None and scales.dtype == "float16":
+    if scales is None or (fate.scheme is not None and fate.scheme.activations != "none"):
+        return 0
+    if scales.dtype == "float16":
         return _CAST + 3 * len(scales.name)
-    if scales is not None and scales.dtype == "int8":
-        return 2 * _CAST + 6 * len(scales.name)
-    return 0
+    return 2 * _CAST + 6 * len(scales.name) if scales.dtype == "int8" else 0
 
 
 def _entry_bytes(stored: StoredTensor) -> int:
