@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,14 @@ def tokenize(texts: Sequence[Pair], artifact: Artifact, max_length: int) -> list
     """Tokenize texts and pairs with the model's own special tokens, cut to ``max_length``.
 
     Raises:
+        UsageError: ``max_length`` leaves no room beside the special tokens.
         CompressError: The tokenizer is missing, damaged, or not this model's.
     """
     path = artifact.directory / "tokenizer.json"
     encode = _with_tokenizers if path.is_file() else _with_transformers
     tokens = encode(texts, artifact.directory, max_length)
+    if any(len(item.ids) > max_length or (item.truncated and all(item.special)) for item in tokens):
+        raise UsageError(f"texts cut to {max_length} tokens have no room for words", hint="use at least 8 tokens")
     largest = max((max(item.ids) for item in tokens if item.ids), default=0)
     if largest >= artifact.vocab_size:
         raise CompressError(
@@ -173,19 +176,12 @@ def _with_tokenizers(texts: Sequence[Pair], directory: Path, max_length: int) ->
     except Exception as error:  # tokenizers raises bare Exception
         raise CompressError(f"the tokenizer is damaged: {error}", where=str(path)) from error
     tokenizer.no_padding()  # files often come with the padding and truncation of whoever saved them
-    _guarded(lambda: tokenizer.enable_truncation(max_length), max_length)
+    tokenizer.enable_truncation(max_length)
     found = [tokenizer.encode(a) if b is None else tokenizer.encode(a, b) for a, b in texts]
     return [
         Tokens(item.ids, item.type_ids, [bool(flag) for flag in item.special_tokens_mask], bool(item.overflowing))
         for item in found
     ]
-
-
-def _guarded(call: Callable[[], object], max_length: int) -> None:
-    try:
-        call()
-    except Exception as error:  # a length that leaves no room beside the special tokens
-        raise UsageError(f"texts cannot be cut to {max_length} tokens: {error}", hint="use at least 8") from error
 
 
 def _with_transformers(texts: Sequence[Pair], directory: Path, max_length: int) -> list[Tokens]:

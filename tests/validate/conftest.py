@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoder_models
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -96,3 +97,23 @@ def make_float_graph() -> Callable[[Path], Path]:
 def windows() -> npt.NDArray[np.int64]:
     """Random token ids, int64 ``[7, 24]``: longer than the sliding windows."""
     return np.random.default_rng(0).integers(0, VOCAB, (7, 24), dtype=np.int64)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``source/TASK`` and ``artifact/TASK`` for every encoder task; read only."""
+    root = tmp_path_factory.mktemp("encoders")
+    encoder_models.build(root)
+    return root
+
+
+@pytest.fixture
+def reference_in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let the encoders' reference worker answer in this process: starting PyTorch anew takes seconds each time."""
+    from compress.validate import encoder_measure, encoder_reference
+
+    def answer(module: str, request: Any, **_: Any) -> Any:
+        assert module == "encoder_reference"
+        return encoder_reference.handle(request, tmp_path)
+
+    monkeypatch.setattr(encoder_measure, "run_worker", answer)
