@@ -95,8 +95,11 @@ def retask(config: Mapping[str, Any], name: str, architectures: tuple[str, ...])
         UsageError: The family has no architecture for the task.
     """
     task = load_task(name)
-    found = next((name for suffix in task.suffixes for name in architectures if name.endswith(suffix)), None)
+    tasks = {name: task_of({"architectures": [name]}) for name in architectures}
+    # By the first suffix that one has; GPT2LMHeadModel ends in "Model", and yet is no embedding.
+    able = [name for suffix in task.suffixes for name in architectures if tasks[name] is task and name.endswith(suffix)]
+    found = able[0] if able else None
     if found is None:
-        known = sorted({task_of({"architectures": [name]}).name for name in architectures})
+        known = sorted({other.name for other in tasks.values()})
         raise UsageError(f"this model cannot do {task.name}", hint=f"it can: {', '.join(known)}")
     return {**config, "architectures": [found]}
