@@ -204,6 +204,27 @@ class Decoder(Structure):
     rope_switch: int | None = None
 
 
+@dataclass(frozen=True)
+class Junction:
+    """A value of the residual stream that linears read and a residual sum adds to: where outlier channels are tamed.
+
+    Attributes:
+        name: Its name: the first reader's.
+        norms: LayerNorms that produce it, by graph name without ``.weight``.
+        producers: Linears that produce it (an embedding's projection), by name.
+        readers: Linears that multiply it, by name.
+        added: Linears whose output it is added to, by name.
+        last: Whether it is also what the last block gives.
+    """
+
+    name: str
+    norms: tuple[str, ...]
+    producers: tuple[str, ...]
+    readers: tuple[str, ...]
+    added: tuple[str, ...]
+    last: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder(Structure):
     """A model that reads text at once: an embedding of it, or a task's scores.
@@ -213,11 +234,13 @@ class Encoder(Structure):
         inputs: Graph inputs in order: ``input_ids``, ``attention_mask`` and, where it has them, ``token_type_ids``;
             each int64 ``[batch, sequence]``.
         labels: Names of a classifier's outputs, in order; empty for other tasks.
+        junctions: Where its blocks meet, in order.
     """
 
     task: str
     inputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    junctions: tuple[Junction, ...] = ()
 
 
 class Runner(Protocol):

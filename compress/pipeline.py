@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import catalog, pooling, resources, weights
 from compress.contracts import Checkpoint, Encoder, ForwardFamily, Structure
@@ -31,7 +31,14 @@ from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import load_task, task_of
 from compress.validate import text
+from compress.validate.protocol import CheckpointSpec
 
+if TYPE_CHECKING:
+    from compress.calibrate.encoder import Calibrated
+    from compress.progress import Meter
+
+#: Runs the source model on texts, given where temporary files may go and a meter.
+Calibration = Callable[[Path, "Meter"], "Calibrated"]
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 
 
@@ -64,6 +71,10 @@ class ModelReference:
             raise UsageError(f"no model is called {self.reference!r}", hint=catalog.suggest(self.reference))
         return self.reference
 
+    def as_request(self) -> dict[str, Any]:
+        """Return it as workers take it."""
+        return CheckpointSpec(self.resolved, self.adapter, self.revision, self.wanted_task).as_request()
+
     def open(self, *, config_only: bool = False) -> OpenCheckpoint:
         """Open it; see :func:`compress.source.open_checkpoint`."""
         return open_checkpoint(
@@ -79,6 +90,7 @@ class ModelReference:
 class ExportOptions:
     """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""
 
+    calibration_text: Path | None = None
     eval_text: Path | None = None
     eval_labels: Path | None = None
     max_memory: int | None = None
@@ -129,7 +141,18 @@ def export(
             require_space(output, plan.predicted_bytes)
         with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
             digests = background.submit(checkpoint.files)
-            fired = build(checkpoint, plan, profile, directory, options.threads, stages, seed=options.seed, pool=pool)
+            calibration = _calibration(model, checkpoint, plan, profile, options)
+            fired = build(
+                checkpoint,
+                plan,
+                profile,
+                directory,
+                options.threads,
+                stages,
+                seed=options.seed,
+                pool=pool,
+                calibration=calibration,
+            )
             record = manifest.build_manifest(
                 checkpoint,
                 profile,
@@ -159,10 +182,12 @@ def build(
     *,
     seed: int = 0,
     pool: Pooling | None = None,
+    calibration: Calibration | None = None,
 ) -> Mapping[str, int]:
     """Build graph, weights and package files into an existing directory; no validation, no manifest.
 
-    Returns how often each graph rule fired.
+    ``calibration`` runs the source model on texts and returns a plan that knows what they showed; it may be ``None``
+    where the profile asks for none. Returns how often each graph rule fired.
     """
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.graph.build import build_graph
@@ -170,28 +195,35 @@ def build(
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
+    smoothing = None
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
-    with ThreadPoolExecutor(1) as background, DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+    with ThreadPoolExecutor(1) as background:
         built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
-        with stages.stage("weights", unit="weights") as meter:
-            inline = weights.write_weights(
-                plan,
-                checkpoint,
-                load_quantizer(profile.quantize.algorithm),
-                data,
-                calibrate=_calibration(checkpoint, plan, profile, seed),
-                threads=threads,
-                progress=meter,
-                beside=(built,),
-            )
-        with stages.stage("graph"):
-            built.result()
-            graph = build_graph(skeleton, plan, profile, inline, data_name=DATA_NAME, pool=pool)
-            for name, array in graph.constants.items():
-                place = plan.by_name[name].stored[0].offset
-                if place is not None:
-                    data.write(place, array)
-            skeleton.unlink()
+        if calibration is not None:
+            with stages.stage("calibrate") as meter:
+                found = calibration(directory, meter)
+                plan, smoothing = found.plan, found.smoothing
+        with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+            with stages.stage("weights", unit="weights") as meter:
+                inline = weights.write_weights(
+                    plan,
+                    checkpoint,
+                    load_quantizer(profile.quantize.algorithm),
+                    data,
+                    calibrate=_importance(checkpoint, plan, profile, seed),
+                    threads=threads,
+                    progress=meter,
+                    beside=(built,),
+                    smoothing=smoothing,
+                )
+            with stages.stage("graph"):
+                built.result()
+                graph = build_graph(skeleton, plan, profile, inline, data_name=DATA_NAME, pool=pool)
+                for name, array in graph.constants.items():
+                    place = plan.by_name[name].stored[0].offset
+                    if place is not None:
+                        data.write(place, array)
+                skeleton.unlink()
     with stages.stage("package"):
         serialize(graph.model, directory / GRAPH_NAME)
         _copy_files(checkpoint, directory)
@@ -233,6 +265,35 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def _calibration(
+    model: ModelReference, checkpoint: Checkpoint, plan: Plan, profile: Profile, options: ExportOptions
+) -> Calibration | None:
+    """Return what runs the source model on calibration texts, ``None`` where the profile or the plan needs none."""
+    from compress.calibrate import encoder
+
+    if not encoder.wanted(plan, profile):
+        return None
+    content = text.embedded("calibration")
+    if options.calibration_text is not None:
+        content = text.from_file(options.calibration_text, profile.validation.tokens)
+
+    def run(work: Path, meter: Meter) -> encoder.Calibrated:
+        return encoder.calibrate(
+            plan,
+            checkpoint,
+            profile,
+            source=model.as_request(),
+            content=content,
+            work=work,
+            threads=options.threads,
+            seed=options.seed,
+            memory_cap=options.max_memory,
+            progress=lambda fraction: meter(fraction, 1.0),
+        )
+
+    return run
+
+
+def _importance(
     checkpoint: Checkpoint, plan: Plan, profile: Profile, seed: int
 ) -> Callable[[threading.Event], weights.Calibration] | None:
     """Return what makes the source of importance, ``None`` where the profile or the plan needs none."""

@@ -6,7 +6,7 @@ Requires a :class:`~compress.contracts.Structure` and a :class:`~compress.profil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -138,8 +138,22 @@ class Plan:
         return 8 * sum(fate.nbytes for fate in self.fates if fate.reads) / self.weight_count
 
 
-def make_plan(structure: Structure, profile: Profile, checkpoint: Checkpoint) -> Plan:
+def make_plan(
+    structure: Structure,
+    profile: Profile,
+    checkpoint: Checkpoint,
+    *,
+    constants: Mapping[str, int] | None = None,
+    keep_float: Collection[str] = (),
+) -> Plan:
     """Assign a scheme and a place in the file to every tensor.
+
+    Args:
+        structure: What there is.
+        profile: What is asked for.
+        checkpoint: Its headers say how large the source is.
+        constants: Vectors that are no parameter of the model, with their sizes: calibration finds them.
+        keep_float: Linears, by name, that stay float32 whatever the profile says.
 
     Raises:
         UsageError: A scheme that cannot be, or that the profile's provider cannot run.
@@ -149,11 +163,14 @@ def make_plan(structure: Structure, profile: Profile, checkpoint: Checkpoint) ->
     tied = any(fate.tied for fate in fates)
     for linear in structure.linears:
         if not (linear.role == "head" and tied):
-            fates.append(_plan_linear(linear, _checked(profile, linear.role), profile, layout))
+            scheme = None if linear.name in keep_float else _checked(profile, linear.role)
+            fates.append(_plan_linear(linear, scheme, profile, layout))
         if linear.bias:
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
     for vector in structure.vectors:
         fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
+    for name, size in (constants or {}).items():
+        fates.append(_plan_vector(name, size, (), layout))
     if isinstance(structure, Decoder) and structure.rope_shape is not None:
         # The skeleton computes the rotary tables; here they only need a place.
         for name in ("cos_cache", "sin_cache"):

@@ -41,7 +41,8 @@ class Quantize(_Strict):
 
     ``activations`` makes integer products of linears: their weights have one scale an output channel then, whatever
     ``block_size`` says. Embedding tables and the head keep their inputs in float32 unless their role says otherwise.
-    Position tables stay float32 unless ``roles.position`` says otherwise.
+    Position tables stay float32 unless ``roles.position`` says otherwise. ``smoothing`` (encoders with integer
+    products) tames outlier channels by what calibration texts show; see :mod:`compress.calibrate.smoothing`.
     """
 
     algorithm: str = "rtn"
@@ -52,6 +53,7 @@ class Quantize(_Strict):
     accuracy_level: Literal[0, 1, 4] = 4
     scale_format: ScaleFormat = "float32"
     importance: Literal["random-tokens", "none"] = "random-tokens"
+    smoothing: Literal["calibrated", "none"] = "none"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
 
     def scheme(self, role: Role) -> Scheme | None:
@@ -72,6 +74,9 @@ class Quantize(_Strict):
         )
 
 
+Fusion = Literal["attention", "packed_attention", "gelu", "skip_norm"]
+
+
 class Graph(_Strict):
     """Shape of the graph.
 
@@ -82,14 +87,18 @@ class Graph(_Strict):
     what a sentence-transformers directory says, else the mean over the tokens, of unit length. ``none`` leaves the
     tokens' states alone.
 
-    ``minimum_fusions`` (encoders) is how often a rewrite rule must fire, by its name: times a block is run, so that a
-    graph which was not fused as expected is an error instead of a slow artifact.
+    ``fusions`` (encoders) are the rewrite rules that are used: not every fused operator is faster everywhere.
+    ``minimum_fusions`` is how often one of them must fire, each time a block is run, so that a graph which was not
+    fused as expected is an error instead of a slow artifact. ``gelu = "tanh"`` computes exact GELUs by their tanh form,
+    which differs by 5e-4 at most.
     """
 
     logits_to_keep: int = Field(default=0, ge=0)
     pooling: Literal["auto", "mean", "cls", "max", "none"] = "auto"
     normalize: Literal["auto", "yes", "no"] = "auto"
-    minimum_fusions: dict[str, int] = Field(default_factory=dict)
+    fusions: tuple[Fusion, ...] = ("attention", "packed_attention", "gelu")
+    minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
+    gelu: Literal["exact", "tanh"] = "exact"
 
 
 class Validation(_Strict):

@@ -25,7 +25,8 @@ from compress.report.environment import environment
 from compress.source.sentence_transformers import Pooling
 from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.memory import check_memory
-from compress.validate.run import CheckpointSpec, Validation, run_validation
+from compress.validate.protocol import CheckpointSpec
+from compress.validate.run import Validation, run_validation
 from compress.validate.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
 
 REPORT_NAME = "report.json"

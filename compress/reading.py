@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from compress.contracts import Checkpoint, FloatArray, Slice
@@ -27,6 +29,16 @@ def read_rows(checkpoint: Checkpoint, fate: Fate, start: int, stop: int) -> Floa
         below += length
         if first < last:
             parts.append(_read_piece(checkpoint, piece, piece.start + first, piece.start + last))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_whole(checkpoint: Checkpoint, reads: Sequence[Slice]) -> FloatArray:
+    """Return all rows of stacked tensors, however many the source has, checked finite.
+
+    Raises:
+        SourceError: A value is NaN or infinite.
+    """
+    parts = [_read_piece(checkpoint, piece, piece.start, piece.start + _length(piece, checkpoint)) for piece in reads]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

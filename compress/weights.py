@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.allocator import keep_buffers
+from compress.calibrate.smoothing import Smoothing, changed_rows, changes
 from compress.contracts import Checkpoint, FloatArray, QuantizedRows, Quantizer
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
@@ -69,6 +70,7 @@ def write_weights(
     threads: int,
     progress: Progress | None = None,
     beside: Sequence[Future[None]] = (),
+    smoothing: Smoothing | None = None,
 ) -> dict[str, AnyArray]:
     """Write every weight of the plan to its place in the data file.
 
@@ -81,6 +83,7 @@ def write_weights(
         threads: Threads that quantize; the bytes do not depend on them.
         progress: Called with weights done and weights in all.
         beside: Other work of the same export: its failure ends this too, at once.
+        smoothing: Weights that are changed on the way, and the vectors that undo it.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -91,14 +94,14 @@ def write_weights(
     keep_buffers()
     stopped = threading.Event()
     calibration = calibrate(stopped) if calibrate is not None else None
-    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress)
+    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing)
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
         ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
     ):
         futures = [*beside]
         futures += [ahead.submit(calibration.run)] if calibration is not None else []
-        futures += [pool.submit(stream.run, task) for task in _tasks(plan)]
+        futures += [pool.submit(stream.run, task) for task in _tasks(plan, smoothing)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             # A thread that was stopped has only waited for the one that failed.
@@ -113,13 +116,14 @@ def write_weights(
     return stream.inline
 
 
-def _tasks(plan: Plan) -> Iterator[_Task]:
+def _tasks(plan: Plan, smoothing: Smoothing | None) -> Iterator[_Task]:
     # A tied table's statistics are those of the head's inputs, the last to be known.
     for fate in sorted(plan.fates, key=lambda fate: fate.tied):
-        if not fate.reads:
+        if not fate.reads and not (smoothing and fate.name in smoothing.constants):
             continue
         whole = fate.kind == "matmul" and fate.scheme is None  # transposed on the way: needs all rows at once
         whole = whole or any(piece.transposed for piece in fate.reads)
+        whole = whole or (smoothing is not None and changes(smoothing, fate.name))
         step = fate.rows if whole else max(1, CHUNK_WEIGHTS // fate.columns)
         for start in range(0, fate.rows, step):
             yield _Task(fate, start, min(start + step, fate.rows))
@@ -135,7 +139,9 @@ class _Stream:
         calibration: Calibration | None,
         stopped: threading.Event,
         progress: Progress | None,
+        smoothing: Smoothing | None,
     ) -> None:
+        self.smoothing = smoothing
         self.plan, self.checkpoint, self.quantizer, self.data = plan, checkpoint, quantizer, data
         self.calibration, self.stopped = calibration, stopped
         self.inline: dict[str, AnyArray] = {}
@@ -148,7 +154,10 @@ class _Stream:
         if self.stopped.is_set():
             return
         fate = task.fate
-        rows = read_rows(self.checkpoint, fate, task.start, task.stop)
+        if self.smoothing is not None and changes(self.smoothing, fate.name):
+            rows = changed_rows(self.smoothing, self.plan, self.checkpoint, fate)
+        else:
+            rows = read_rows(self.checkpoint, fate, task.start, task.stop)
         if fate.scheme is not None:
             self._quantize(task, rows)
         elif fate.kind == "matmul":
@@ -211,7 +220,7 @@ class _Stream:
         if stored.offset is None:
             with self._lock:
                 target = self.inline.setdefault(stored.name, np.zeros(stored.shape, stored.dtype))
-                target[row : row + len(array)] = array
+                target[row : row + len(array)] = array.reshape(-1, *stored.shape[1:])
             return
         row_bytes = stored.nbytes // stored.shape[0]
         self.data.write(stored.offset + row * row_bytes, array)

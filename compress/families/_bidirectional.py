@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.contracts import Encoder, Linear, Role, Slice, Table, TensorInfo, Vector
+from compress.contracts import Encoder, Junction, Linear, Role, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
 from compress.families._reading import check_shapes, dimension, expect, layer_count
 from compress.tasks import TASKS, Task, architecture_of, task_of
@@ -167,6 +167,7 @@ class BidirectionalFamily:
         blocks = self._stored_layers(shape, config) if self._stored_layers else shape.layers
         for index in range(blocks):
             self._add_block(build, shape, index)
+        junctions = self._junctions(build, shape, blocks)
         labels = self._head(build, shape, task, config)
         return check_shapes(
             Encoder(
@@ -184,6 +185,7 @@ class BidirectionalFamily:
                 task=task.name,
                 inputs=("input_ids", "attention_mask", *(("token_type_ids",) if self._types else ())),
                 labels=labels,
+                junctions=junctions,
             ),
             tensors,
         )
@@ -220,13 +222,31 @@ class BidirectionalFamily:
     def _add_block(self, build: _Builder, shape: Shape, index: int) -> None:
         block, names = build.base(self._block(index)), self._names
         parts = [f"{block}.{part}" for part in (names.query, names.key, names.value)]
-        stem = parts[0].rpartition(".")[0]
-        build.linear(f"{stem}.qkv", parts, "qkv", 3 * shape.hidden, shape.hidden, index)
+        build.linear(_packed(parts), parts, "qkv", 3 * shape.hidden, shape.hidden, index)
         build.single(f"{block}.{names.attention_output}", "attention_output", shape.hidden, shape.hidden, index)
         build.norm(f"{block}.{names.attention_norm}", shape.hidden)
         build.single(f"{block}.{names.up}", "up", shape.inner, shape.hidden, index)
         build.single(f"{block}.{names.down}", "down", shape.hidden, shape.inner, index)
         build.norm(f"{block}.{names.output_norm}", shape.hidden)
+
+    def _junctions(self, build: _Builder, shape: Shape, blocks: int) -> tuple[Junction, ...]:
+        """Return the two values of every block that linears read: its input, and what follows its attention."""
+        if blocks not in (1, shape.layers):
+            return ()  # a value that several different blocks read has no one scale
+        projected = [linear.name for linear in build.linears if linear.name == build.base(self._projection or "")]
+        found = []
+        for index in range(blocks):
+            block, names = build.base(self._block(index)), self._names
+            before = [] if index or projected else [build.base("embeddings.LayerNorm")]
+            if index or (blocks == 1 and shape.layers > 1):  # a block that is run again reads its own output
+                before.append(f"{build.base(self._block(max(index - 1, 0)))}.{names.output_norm}")
+            qkv = _packed([f"{block}.{names.query}"])
+            up, down = f"{block}.{names.up}", f"{block}.{names.down}"
+            first = tuple(projected) if not index else ()
+            output = f"{block}.{names.attention_output}"
+            found.append(Junction(qkv, tuple(before), first, (qkv,), (output,), last=blocks < shape.layers))
+            found.append(Junction(up, (f"{block}.{names.attention_norm}",), (), (up,), (down,)))
+        return tuple(found)
 
     def _head(self, build: _Builder, shape: Shape, task: Task, config: Mapping[str, Any]) -> tuple[str, ...]:
         if task.name == "fill-mask":
@@ -279,6 +299,11 @@ class BidirectionalFamily:
                 graph_biases=(head.bias,),
             )
         )
+
+
+def _packed(parts: Sequence[str]) -> str:
+    """Return the name of query, key and value together."""
+    return f"{parts[0].rpartition('.')[0]}.qkv"
 
 
 def _labels(config: Mapping[str, Any], build: _Builder, weight: str) -> tuple[str, ...]:

@@ -15,16 +15,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compress.contracts import Encoder
-from compress.errors import CompressError, UsageError, did_you_mean
+from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import attention, gelu, gemm, linear, pooling, skip_norm, table
+from compress.graph.rules import attention, gelu, gemm, linear, packed_attention, pooling, skip_norm, smooth, table
 from compress.graph.rules._edit import Weights
 from compress.plan import Plan
 from compress.profile import Profile
 from compress.source.sentence_transformers import Pooling
-
-#: Rules whose count a profile may ask for, a time the block is run.
-FUSIONS = ("attention", "gelu", "skip_norm")
 
 
 def build_encoder(
@@ -55,9 +52,16 @@ def build_encoder(
     graph = model.graph
     weights = Weights(graph, plan, inline, data_name)
     gemm.apply(graph)
-    fired = {"attention": attention.apply(graph, encoder.heads), "gelu": gelu.apply(graph)}
+    fired = dict.fromkeys(("attention", "gelu", "packed_attention"), 0)
+    if "attention" in profile.graph.fusions:
+        fired["attention"] = attention.apply(graph, encoder.heads)
+    if "gelu" in profile.graph.fusions:
+        fired["gelu"] = gelu.apply(graph, tanh=profile.graph.gelu == "tanh")
+    fired["smooth"] = smooth.apply(graph, plan, weights)
     fired["linear"] = linear.apply(graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
-    fired["skip_norm"] = skip_norm.apply(graph)
+    if "packed_attention" in profile.graph.fusions:
+        fired["packed_attention"] = packed_attention.apply(graph, encoder.head_dim)
+    fired["skip_norm"] = skip_norm.apply(graph) if "skip_norm" in profile.graph.fusions else 0
     fired["table"] = table.apply(graph, plan, weights)
     fired["vector"] = place_vectors(graph, plan, weights)
     if encoder.task == "embedding":
@@ -75,12 +79,6 @@ def _check(graph: ir.Graph, plan: Plan, profile: Profile, fired: Mapping[str, in
     layers = plan.structure.layers
     short = []
     for rule, count in profile.graph.minimum_fusions.items():
-        if rule not in FUSIONS:
-            raise UsageError(
-                f"graph.minimum_fusions: no rule is called {rule!r}",
-                where=f"profile {profile.name}",
-                hint=did_you_mean(rule, FUSIONS),
-            )
         if fired[rule] < count * layers:
             short.append(f"{rule} fired {fired[rule]} times, {count} a layer make {count * layers}")
     structure = plan.structure

@@ -44,7 +44,9 @@ def predict_graph_bytes(plan: Plan) -> int:
     total = _encoder_nodes(plan, encoder) if encoder is not None else _node_bytes(plan.structure)
     shared = _shared_prefixes(plan.structure)
     for fate in plan.fates:
-        uses = (2 if fate.tied else 1) * next((times for name, times in shared.items() if fate.name.startswith(name)), 1)
+        uses = (2 if fate.tied else 1) * next(
+            (times for name, times in shared.items() if fate.name.startswith(name)), 1
+        )
         for stored in fate.stored:
             total += _entry_bytes(stored) + uses * (len(stored.name) + 2)
         total += _scales_extra(fate)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.contracts import ByteArray, FloatArray, QuantizedRows, Scheme
+from compress.quantize.integer import quantize_channels
 from compress.quantize.scales import ScaleFormat, round_scales, validate_scale_format
 from compress.quantize.scheme import validate_scheme, zero_code
 
@@ -46,7 +47,6 @@ _SYMMETRIC: dict[int, dict[int, tuple[float, ...]]] = {
         64: (8.5, 9.0, 7.9, 7.25, 9.5, -8.5, 10.4, 8.2),
         256: (8.8, 9.45, 8.2, 9.95, -8.6, 7.8, 10.8, 9.1),
     },
-    7: {256: (64.0, 63.0, 63.5, 62.0)},
     8: {256: (128.0, 126.0, 127.0, 124.0)},
 }
 
@@ -96,6 +96,10 @@ class RoundToNearest:
         if weight.ndim != 2 or weight.dtype != np.float32:
             raise ValueError(f"expected a float32 matrix, got {weight.dtype} {list(weight.shape)}")
         rows, columns = weight.shape
+        if scheme.activations != "none":
+            signed, channel_scales = quantize_channels(weight, scheme.bits, importance)
+            unsigned = (signed.astype(np.int16) + zero_code(scheme.bits)).astype(np.uint8)
+            return QuantizedRows(unsigned, channel_scales[:, None], None)
         if scheme.block_size == 0:
             scheme = replace(scheme, block_size=max(columns, 1))
         blocks = scheme.blocks(columns)

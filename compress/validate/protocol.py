@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ Json = dict[str, Any]
 Handler = Callable[[Json, Path], Json]
 
 
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """How a worker opens the source model again: what ``compress.source.open_checkpoint`` takes."""
+
+    reference: str
+    adapter: Path | None = None
+    revision: str | None = None
+    task: str | None = None
+
+    def as_request(self) -> Json:
+        """Return it as the workers take it."""
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {"reference": self.reference, "adapter": adapter, "revision": self.revision, "task": self.task}
+
+
 # --------------------------------------------------------------------------------------------------- main process
 
 
@@ -47,7 +63,7 @@ def run_worker(
     interpreter: str = sys.executable,
     progress: Callable[[float], None] | None = None,
 ) -> Json:
-    """Run ``compress.validate.<module>`` in its own process and return its answer.
+    """Run ``compress.validate.<module>`` (with a dot: ``compress.<module>``) in its own process; return its answer.
 
     Args:
         module: The worker module's name.
@@ -63,11 +79,18 @@ def run_worker(
         WorkerError: It could not start, crashed, hung, or answered nonsense.
         CompressError: What the worker raised, by its class.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-worker-") as name:
-        job = Path(name)
+    with tempfile.TemporaryDirectory(prefix="compress-worker-") as place:
+        job = Path(place)
         _link_package(job)
         (job / "request.json").write_text(json.dumps({**request, "protocol": PROTOCOL_VERSION}))
-        command = [interpreter, "-P", "-m", f"compress.validate.{module}", str(job), str(os.getpid())]
+        command = [
+            interpreter,
+            "-P",
+            "-m",
+            f"compress.{module if '.' in module else f'validate.{module}'}",
+            str(job),
+            str(os.getpid()),
+        ]
         with (job / "log").open("wb") as log:
             try:
                 process = subprocess.Popen(

@@ -33,27 +33,13 @@ from compress.validate import drift, text
 from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.gate import judge
 from compress.validate.logits import LogitsFile, check_disk
+from compress.validate.protocol import CheckpointSpec as CheckpointSpec
 from compress.validate.protocol import Json, run_worker
 from compress.validate.speed import Baselined, Contender, SpeedPlan, float_contender, measure_speed
 
 Progress = Callable[[str, float], None]
 DECODE_WINDOWS = 4
 DECODE_STEPS = 16
-
-
-@dataclass(frozen=True)
-class CheckpointSpec:
-    """How a worker opens the source model again: what ``compress.source.open_checkpoint`` takes."""
-
-    reference: str
-    adapter: Path | None = None
-    revision: str | None = None
-    task: str | None = None
-
-    def as_request(self) -> Json:
-        """Return it as the workers take it."""
-        adapter = None if self.adapter is None else str(self.adapter)
-        return {"reference": self.reference, "adapter": adapter, "revision": self.revision, "task": self.task}
 
 
 @dataclass(frozen=True)

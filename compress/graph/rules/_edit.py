@@ -176,3 +176,22 @@ def supersede(old: ir.Value, new: ir.Value) -> None:
         name, old.name = old.name, f"{old.name}/superseded"
         new.name = name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def products(graph: ir.Graph, weight: ir.Value, passed: list[ir.Node]) -> list[ir.Node]:
+    """Follow a weight through Concat and Transpose to its MatMuls, in the graph's order; notes the nodes passed."""
+    value = weight
+    for _ in range(3):
+        found = [user for user, _ in value.uses() if user.op_type == "MatMul"]
+        if len(found) > 1:
+            users = set(found)
+            return [user for user in graph if user in users]
+        if found:
+            return found
+        step = next((user for user, _ in value.uses() if user.op_type in ("Concat", "Transpose")), None)
+        if step is None:
+            return []
+        if step not in passed:
+            passed.insert(0, step)
+        value = step.outputs[0]
+    return []

@@ -24,13 +24,13 @@ from compress.graph.rules._edit import drop, node, number, producer, supersede
 _CLOSE = 1e-4
 
 
-def apply(graph: ir.Graph) -> int:
-    """Fuse every GELU; returns how many."""
+def apply(graph: ir.Graph, *, tanh: bool = False) -> int:
+    """Fuse every GELU; returns how many. ``tanh`` makes exact ones tanh forms: 5e-4 apart at most, and faster."""
     count = 0
     for last in list(graph):
         if last.op_type != "Mul":
             continue
-        for match, op_type in ((_exact, "Gelu"), (_tanh, "FastGelu")):
+        for match, op_type in ((_exact, "FastGelu" if tanh else "Gelu"), (_tanh, "FastGelu")):
             found = match(last)
             if found is None:
                 continue

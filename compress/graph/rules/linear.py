@@ -11,7 +11,7 @@ After, quantized::
 
 After, integers times integers (``graph/rules/_integer.py``)::
 
-    y = com.microsoft.DynamicQuantizeMatMul(x, codes, scales, , bias?)
+    y = com.microsoft.DynamicQuantizeMatMul(x, codes, scales, , bias?)          # and two more forms there
 
 After, float32 (the weight is stored as [K, N], so that no transposed copy is made at load time)::
 
@@ -28,8 +28,8 @@ import onnx_ir as ir
 
 from compress.contracts import Linear
 from compress.errors import CompressError
-from compress.graph.rules._edit import Weights, drop, node, only_user, supersede
-from compress.graph.rules._integer import integer
+from compress.graph.rules._edit import Weights, drop, node, only_user, products, supersede
+from compress.graph.rules._integer import IntegerProducts
 from compress.plan import Fate, Plan
 
 
@@ -46,6 +46,7 @@ class _Place:
 def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int) -> int:
     """Replace every linear of the plan; returns how many."""
     fired = 0
+    integers = IntegerProducts(weights, plan)
     for linear in plan.structure.linears:
         # A tied head has no weight of its own.
         fate = plan.by_name.get(linear.name) or plan.by_name[plan.structure.tables[0].name]
@@ -53,7 +54,7 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int)
         places = _find(weights, linear)
         for index, place in enumerate(places):
             name = linear.name if len(places) == 1 else f"{linear.name}.{index}"
-            _replace(weights, linear, name, fate, bias, place, accuracy_level)
+            _replace(weights, integers, linear, name, fate, bias, place, accuracy_level)
         fired += len(places)
     return fired
 
@@ -64,17 +65,17 @@ def _find(weights: Weights, linear: Linear) -> list[_Place]:
     passed: list[ir.Node] = []
     for name in linear.graph_weights:
         weight = weights.skeleton(name)
-        products = _products(weights.graph, weight, passed) if weight is not None else []
-        if not products or (found and len(found[0]) != len(products)):
+        matmuls = products(weights.graph, weight, passed) if weight is not None else []
+        if not matmuls or (found and len(found[0]) != len(matmuls)):
             raise CompressError("the graph skeleton lacks a linear layer that the family describes", where=name)
-        found.append(products)
+        found.append(matmuls)
     return [_place(linear, list(dict.fromkeys(together)), passed) for together in zip(*found, strict=True)]
 
 
-def _place(linear: Linear, products: list[ir.Node], passed: list[ir.Node]) -> _Place:
+def _place(linear: Linear, matmuls: list[ir.Node], passed: list[ir.Node]) -> _Place:
     dead = list(passed)
     outputs: list[ir.Value] = []
-    for product in products:
+    for product in matmuls:
         output = product.outputs[0]
         dead.insert(0, product)
         if linear.graph_biases:
@@ -87,32 +88,20 @@ def _place(linear: Linear, products: list[ir.Node], passed: list[ir.Node]) -> _P
             if bias is not None and (stacked := bias.producer()) is not None:
                 dead.append(stacked)
         outputs.append(output)
-    source = products[0].inputs[0]
+    source = matmuls[0].inputs[0]
     assert source is not None
-    return _Place(source, tuple(outputs), products[0], tuple(dead))
-
-
-def _products(graph: ir.Graph, weight: ir.Value, passed: list[ir.Node]) -> list[ir.Node]:
-    """Follow a weight through Concat and Transpose to its MatMuls, in the graph's order; notes the nodes passed."""
-    value = weight
-    for _ in range(3):
-        products = [user for user, _ in value.uses() if user.op_type == "MatMul"]
-        if len(products) > 1:
-            users = set(products)
-            return [user for user in graph if user in users]
-        if products:
-            return products
-        step = next((user for user, _ in value.uses() if user.op_type in ("Concat", "Transpose")), None)
-        if step is None:
-            return []
-        if step not in passed:
-            passed.insert(0, step)
-        value = step.outputs[0]
-    return []
+    return _Place(source, tuple(outputs), matmuls[0], tuple(dead))
 
 
 def _replace(
-    weights: Weights, linear: Linear, name: str, fate: Fate, bias: Fate | None, place: _Place, accuracy_level: int
+    weights: Weights,
+    integers: IntegerProducts,
+    linear: Linear,
+    name: str,
+    fate: Fate,
+    bias: Fate | None,
+    place: _Place,
+    accuracy_level: int,
 ) -> None:
     graph = weights.graph
     whole = place.outputs[0] if len(place.outputs) == 1 else None
@@ -123,7 +112,7 @@ def _replace(
     if fate.scheme is None:
         _float(weights, fate, bias_value, place, output)
     elif fate.scheme.activations != "none":
-        integer(weights, fate, bias_value, place.source, place.first, output)
+        integers.replace(fate, bias_value, place.source, place.first, output)
     else:
         _quantized(weights, linear, fate, bias_value, place, output, accuracy_level)
     if whole is not None:
