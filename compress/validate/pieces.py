@@ -24,6 +24,8 @@ from compress.validate.text import Text
 #: Sentences a text, in turn.
 SENTENCES = (1, 2, 1, 4, 1, 3, 2, 8)
 MINIMUM_TEXTS = 8
+#: Tokens below which a text, or a pair of them, may have no words beside its special tokens.
+MINIMUM_LENGTH = 8
 #: Below this a piece is a heading or a fragment of a table.
 MINIMUM_WORDS = 3
 #: Of a fill-mask model's tokens; what BERT was trained with (Devlin et al., 2018).
@@ -70,6 +72,7 @@ def drift_texts(text: Text, artifact: Artifact, *, count: int, max_length: int) 
     """Cut a text for the artifact's task and tokenize it: what both sides are run on.
 
     Question answering and every fourth text of a classifier are pairs: then both values of ``token_type_ids`` occur.
+    Every fourth text is cut at half of ``max_length`` already: batches are padded also where all texts are too long.
 
     Args:
         text: Running text.
@@ -83,7 +86,7 @@ def drift_texts(text: Text, artifact: Artifact, *, count: int, max_length: int) 
     """
     task = artifact.task
     pieces = cut(text.content, count + count // 3 if task == "text-classification" else count * _width(task))
-    tokens = tokenize(_pairs(pieces, task)[:count], artifact, max_length)
+    tokens = _tokenize_varied(_pairs(pieces, task)[:count], artifact, max_length)
     distinct = list({tuple(item.ids): item for item in tokens}.values())
     if len(distinct) < MINIMUM_TEXTS:
         raise UsageError(
@@ -100,6 +103,12 @@ def drift_texts(text: Text, artifact: Artifact, *, count: int, max_length: int) 
         keep,
         sum(item.truncated for item in distinct),
     )
+
+
+def _tokenize_varied(texts: Sequence[Pair], artifact: Artifact, max_length: int) -> list[Tokens]:
+    long = tokenize(texts, artifact, max_length)
+    long[::4] = tokenize(texts[::4], artifact, min(max_length, max(MINIMUM_LENGTH, max_length // 2)))
+    return long
 
 
 def _width(task: str) -> int:
@@ -156,7 +165,9 @@ def tokenize(texts: Sequence[Pair], artifact: Artifact, max_length: int) -> list
     encode = _with_tokenizers if path.is_file() else _with_transformers
     tokens = encode(texts, artifact.directory, max_length)
     if any(len(item.ids) > max_length or (item.truncated and all(item.special)) for item in tokens):
-        raise UsageError(f"texts cut to {max_length} tokens have no room for words", hint="use at least 8 tokens")
+        raise UsageError(
+            f"texts cut to {max_length} tokens have no room for words", hint=f"use at least {MINIMUM_LENGTH}"
+        )
     largest = max((max(item.ids) for item in tokens if item.ids), default=0)
     if largest >= artifact.vocab_size:
         raise CompressError(

@@ -16,7 +16,7 @@ from rich.console import Console
 from compress.errors import CompressError
 from compress.report import environment, terminal
 from compress.report import json as report_json
-from compress.report.model import Report
+from compress.report.model import EncoderDrift, EncoderSpeed, Report
 
 REPORT: dict[str, Any] = {
     "schema_version": 1,
@@ -80,6 +80,83 @@ REPORT: dict[str, Any] = {
 }
 
 
+POINT = {
+    "batch": 1,
+    "length": 128,
+    "runs": 90,
+    "latency_ms": {"p50": 4.125, "p95": 4.75},
+    "sequences_per_second": 242.4,
+    "tokens_per_second": 31030.0,
+}
+ACCURACY: dict[str, Any] = {
+    "labels": {"name": "labels.jsonl", "sha256": "1" * 64},
+    "metric": "accuracy",
+    "examples": 872,
+    "truncated": 3,
+    "max_length": 512,
+    "reference": 0.9106,
+    "artifact": 0.9083,
+    "difference": -0.0023,
+    "interval": [-0.0085, 0.0038],
+    "interval_method": "paired 95 % score interval (Tango 1998)",
+    "flips": {"right_to_wrong": 5, "wrong_to_right": 3, "changed": 9},
+}
+EMBEDDING: dict[str, Any] = {
+    "provider": "cpu",
+    "task": "embedding",
+    "texts": 256,
+    "tokens": 11213,
+    "items": 256,
+    "unit": "texts",
+    "max_length": 256,
+    "batch": 8,
+    "eval_text": {"name": "python-language-reference/evaluation", "sha256": "0" * 64},
+    "reference": "PyTorch float32 of F32 weights",
+    "cosine": {"mean": 0.99852, "min": 0.98765, "standard_error": 0.00012},
+    "neighbour_agreement": 0.9648,
+    "neighbour_agreement_error": 0.0115,
+    "task_accuracy": {**ACCURACY, "metric": "spearman", "flips": None, "truncated": 0, "difference": -0.0012},
+}
+CLASSIFIER: dict[str, Any] = {
+    **EMBEDDING,
+    "task": "token-classification",
+    "unit": "tokens",
+    "items": 10701,
+    "cosine": None,
+    "neighbour_agreement": None,
+    "neighbour_agreement_error": None,
+    "label_agreement": 0.9912,
+    "label_agreement_error": 0.0031,
+    "kl_divergence": {"mean": 0.0123, "standard_error": 0.0004, "p99": 0.21},
+    "logit_max_abs": 0.75,
+    "task_accuracy": ACCURACY,
+}
+ENCODER: dict[str, Any] = {
+    **REPORT,
+    "drift": EMBEDDING,
+    "speed": [
+        {
+            "provider": "cpu",
+            "device": "a processor",
+            "evidence": "measured",
+            "threads": 2,
+            "repeats": 3,
+            "load_seconds": 0.1,
+            "peak_rss_bytes": 90_000_000,
+            "batch": 1,
+            "length": 128,
+            "latency_ms": {"p50": 4.125, "p95": 4.75},
+            "points": [
+                {**POINT, "length": 16, "speedup_vs_onnx_float": 1.5},
+                {**POINT, "speedup_vs_onnx_float": 3.25},
+            ],
+            "baselines": {"onnx_float": {"points": [POINT]}, "pytorch": {"skipped": "it was not asked for"}},
+            "speedup_vs_onnx_float": 3.25,
+        }
+    ],
+}
+
+
 @pytest.fixture
 def report() -> Report:
     return Report.model_validate(REPORT)
@@ -136,6 +213,41 @@ def test_the_tables_say_everything_at_any_width(report: Report, width: int) -> N
         "339 of 339 nodes", "12.5 s, 400 MB", "0.1 s", "measured, 2 threads",
     ):  # fmt: skip
         assert "".join(fact.split()) in flat, fact
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_an_encoders_tables_say_everything_at_any_width(width: int) -> None:
+    facts = {
+        "embedding": (
+            "0.9985 ± 0.0001", "0.9877", "96.5% ± 1.1%", "0.9106 -> 0.9083", "-0.0012 (95 %: -0.0085 to +0.0038)",
+            "872 examples of labels.jsonl", "256 texts, 11213 tokens of", "4.12 ms (p95 4.75), 242/s, 3.1e+04 tok/s",
+            "3.25x at 1 x 128, 1.50x at 1 x 16", "not measured: it was not asked for", "skip_layer_norm", "12x",
+        ),
+        "token-classification": (
+            "99.1% ± 0.3%", "0.0123 ± 0.0004 (p99 0.21)", "0.75 of a score", "91.06% -> 90.83%", "10701 tokens",
+            "-0.23 points (95 %: -0.85 to +0.38)", "5 lost, 3 won, 9 changed", "3 cut to 512 tokens",
+        ),
+    }  # fmt: skip
+    for drift in (EMBEDDING, CLASSIFIER):
+        output = shown(Report.model_validate({**ENCODER, "drift": drift}), width)
+        assert max(map(len, output.splitlines())) <= width and "\x1b" not in output
+        flat = "".join(output.split())
+        for fact in facts[drift["task"]]:
+            assert "".join(fact.split()) in flat, fact
+    assert "KL" not in shown(Report.model_validate(ENCODER), width)
+
+
+def test_an_encoders_report_is_read_back_and_its_errors_name_the_key(tmp_path: Path) -> None:
+    made = Report.model_validate(ENCODER)
+    report_json.write(made, tmp_path / "report.json")
+    again = report_json.read(tmp_path / "report.json")
+    assert again == made and isinstance(again.drift, EncoderDrift) and isinstance(again.speed[0], EncoderSpeed)
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert set(document["drift"]["cosine"]) >= {"mean", "min"} and document["drift"]["label_agreement"] is None
+    document["drift"]["cosin"] = 1
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(CompressError, match=r"drift\.encoder\.cosin"):
+        report_json.read(tmp_path / "report.json")
 
 
 def test_what_was_not_measured_has_no_line(report: Report) -> None:
