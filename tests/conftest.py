@@ -28,9 +28,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def skeletons(tmp_path_factory: pytest.TempPathFactory) -> Skeletons:
-    """Return the kept skeletons of this run."""
-    return Skeletons(tmp_path_factory.mktemp("skeletons"))
+def skeletons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Skeletons:
+    """Return the kept skeletons: of earlier runs too, unless pytest keeps no cache."""
+    cache = getattr(request.config, "cache", None)
+    return Skeletons(tmp_path_factory.mktemp("skeletons") if cache is None else cache.mkdir("skeletons"))
 
 
 @pytest.fixture
@@ -67,3 +68,17 @@ def tiny_artifact(
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def docstring_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a trained ``BertForSequenceClassification`` directory with its ``test.jsonl`` (text, label); read only.
+
+    Making it takes half a minute of computing; skips where the encoder's package is not installed.
+    """
+    import labelled_text
+
+    source = labelled_text.pretrained()
+    if source is None:
+        pytest.skip(f"needs the package {labelled_text.PACKAGE.replace('_', '-')}")
+    return labelled_text.save_classifier(source, tmp_path_factory.mktemp("docstrings"))

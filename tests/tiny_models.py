@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
 import shutil
 import string
 import warnings
@@ -236,20 +238,30 @@ def save_tiny_model(name: str, directory: Path, **changes: Any) -> Path:
 class Skeletons:
     """Graph skeletons built in this process and kept: the worker spends eight seconds on its imports for each.
 
-    ``tests/graph/test_skeleton.py`` holds the worker to the same bytes, family by family.
+    They are kept from run to run, under a name that changes with what they are made of: config, task, the code that
+    builds them and the libraries' versions. ``tests/graph/test_skeleton.py`` holds the worker to the same bytes.
     """
 
     def __init__(self, directory: Path) -> None:
+        from compress.graph import encoder_skeleton, skeleton
+
         self._directory = directory
+        sources = [Path(module.__file__ or "").read_bytes() for module in (skeleton, encoder_skeleton)]
+        libraries = ("torch", "transformers", "onnxscript", "onnx-ir", "optimum", "mobius-onnx")
+        versions = " ".join(importlib.metadata.version(name) for name in libraries)
+        self._made_by = b"".join([*sources, versions.encode()])
 
     def build(self, config_directory: Path, output: Path, task: str = "", *, environment: Any = None) -> None:
         """Stand in for :func:`compress.graph.skeleton.build_skeleton`."""
         from compress.graph import skeleton
 
         config = (config_directory / "config.json").read_bytes()
-        kept = self._directory / f"{hashlib.sha256(config + task.encode()).hexdigest()}.onnx"
+        digest = hashlib.sha256(b"\0".join([self._made_by, config, task.encode()])).hexdigest()
+        kept = self._directory / f"{digest}.onnx"
         if not kept.exists():
+            fresh = self._directory / f"{digest}-{os.getpid()}.onnx"  # another run may be at the same one
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the worker's warnings end in its log
-                skeleton._work(str(config_directory), str(kept), task)
+                skeleton._work(str(config_directory), str(fresh), task)
+            fresh.replace(kept)
         shutil.copyfile(kept, output)
