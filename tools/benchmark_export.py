@@ -148,16 +148,24 @@ def default_cache() -> Path:
 
 
 def builder_python(cache: Path) -> Path:
-    """Return the interpreter of the builder's environment, made if it is missing or was pinned otherwise."""
-    folder = cache / "onnxruntime-genai-builder"
+    """Return the interpreter of the builder's environment."""
+    return pinned_python(cache / "onnxruntime-genai-builder", BUILDER_PINS)
+
+
+def pinned_python(folder: Path, pins: Sequence[str]) -> Path:
+    """Return the interpreter of an environment, made if it is missing or was pinned otherwise.
+
+    Raises:
+        CalledProcessError: It cannot be made; pip has said why.
+    """
     python, stamp = folder / "bin" / "python", folder / "pins.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == list(BUILDER_PINS):
+    if stamp.exists() and json.loads(stamp.read_text()) == list(pins):
         return python
-    print(f"making the builder's environment in {folder} (once, minutes)", file=sys.stderr)
+    print(f"making an environment in {folder} (once, minutes)", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *BUILDER_PINS], check=True)
-    stamp.write_text(json.dumps(BUILDER_PINS))
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins], check=True)
+    stamp.write_text(json.dumps(list(pins)))
     return python
 
 
