@@ -20,7 +20,7 @@ _LOCATION = "model.onnx.data"
 #: Fixed bytes and bytes a block of the remaining nodes, inputs and outputs: with rotary embedding, and without.
 _ROTARY, _ABSOLUTE = (1690, 2762), (1680, 2085)
 #: An encoder's block without its linears, and the rest of its graph by task (an embedding's pools and normalises).
-_ENCODER_BLOCK = 690
+_ENCODER_BLOCK = 425
 _ENCODER_TASK = {
     "embedding": 1910,
     "text-classification": 1060,
@@ -28,8 +28,10 @@ _ENCODER_TASK = {
     "question-answering": 1300,
     "fill-mask": 1220,
 }
-#: The nodes of one of its linears, by how it multiplies; what a quantized table needs more; the table of segments.
-_ENCODER_LINEAR = {"float": 162, "integer": 119, "blocks": 176}
+#: The nodes of one of its linears, by how it multiplies; with attention, where that is in the same node.
+_ENCODER_LINEAR = {"float": 121, "integer": 102, "blocks": 175}
+_ENCODER_ATTENTION = {"float": 135, "integer": 412, "blocks": 491}
+#: What a quantized table needs more than a float one, and what the table of segments needs.
 _ENCODER_LOOKUP, _ENCODER_SEGMENTS = 103, 122
 #: A linear without quantization has a MatMul with fewer inputs and no attributes; with a bias it also has an Add.
 _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
@@ -72,7 +74,11 @@ def _encoder_nodes(plan: Plan, encoder: Encoder) -> int:
     for linear in encoder.linears:
         fate = plan.by_name.get(linear.name) or plan.by_name[encoder.tables[0].name]  # tied
         kind = "float" if fate.scheme is None else "blocks" if fate.scheme.activations == "none" else "integer"
-        total += _ENCODER_LINEAR[kind] * (times if linear.layer is not None else 1)
+        runs = times if linear.layer is not None else 1
+        total += (_ENCODER_ATTENTION if linear.role == "qkv" else _ENCODER_LINEAR)[kind] * runs
+        if linear.role == "qkv" and kind == "integer":
+            # The weight's zero points, all 0, which the operator wants spelled out.
+            total += linear.out_features + (1 + runs) * len(f"{linear.name}.codes/zero_points")
     tables = [plan.by_name[table.name] for table in encoder.tables]
     total += _ENCODER_LOOKUP * sum(fate.scheme is not None for fate in tables)
     return total + (_ENCODER_SEGMENTS if any(table.role == "type" for table in encoder.tables) else 0)
