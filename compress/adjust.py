@@ -58,6 +58,30 @@ class Adjustment:
             changed = changed + self.offset
         return changed.astype(np.float32)
 
+    def moments(self, second: FloatArray, mean: FloatArray) -> FloatArray:
+        """Return the second moments ``[K', K']`` of the changed inputs.
+
+        Args:
+            second: float32 ``[K, K]``, of the source's inputs.
+            mean: float32 ``[K]``, likewise.
+        """
+        changed = second
+        if self.shift is not None:
+            cross = np.outer(mean, self.shift)
+            changed = changed - cross - cross.T + np.outer(self.shift, self.shift)
+        columns = np.arange(len(mean)) if self.columns is None else self.columns
+        changed = changed[np.ix_(columns, columns)]
+        if self.column_scale is not None:
+            divisor = self.column_scale * self.copies(len(mean))
+            changed = changed / divisor / divisor[:, None]
+        return np.ascontiguousarray(changed, np.float32)
+
+    def copies(self, sources: int) -> FloatArray:
+        """Return how often each stored column's source is stored, float32 ``[K']``: copies share its weight."""
+        if self.columns is None:
+            return np.ones(sources, np.float32)
+        return np.bincount(self.columns, minlength=sources)[self.columns].astype(np.float32)
+
 
 @dataclass(frozen=True)
 class NormAdjustment:

@@ -350,6 +350,7 @@ class Quantizer(Protocol):
         importance: FloatArray | None = None,
         *,
         scale_format: ScaleFormat = "float32",
+        moments: FloatArray | None = None,
     ) -> QuantizedRows:
         """Quantize ``weight`` float32 ``[rows, columns]``.
 
@@ -358,6 +359,7 @@ class Quantizer(Protocol):
             scheme: Bits, block size, symmetry.
             importance: float32 ``[columns]``, positive: expected second moment of each input channel up to a factor.
             scale_format: What scales are stored as; they are rounded to it before codes are chosen.
+            moments: float32 ``[columns, columns]``: second moments of the inputs up to a factor, where they are known.
         """
         ...
 

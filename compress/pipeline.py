@@ -190,12 +190,14 @@ def build(
     where the profile asks for none. Returns how often each graph rule fired.
     """
     # Imported here: the graph library is not needed to plan, list or explain.
+    from compress.calibrate.encoder import STATISTICS_NAME
+    from compress.calibrate.encoder import moments as encoder_moments
     from compress.graph.build import build_graph
     from compress.graph.finished import serialize
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
-    smoothing = None
+    smoothing, moments = None, None
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background:
         built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
@@ -203,6 +205,7 @@ def build(
             with stages.stage("calibrate") as meter:
                 found = calibration(directory, meter)
                 plan, smoothing = found.plan, found.smoothing
+                moments = partial(encoder_moments, found)
         with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
             with stages.stage("weights", unit="weights") as meter:
                 inline = weights.write_weights(
@@ -215,7 +218,9 @@ def build(
                     progress=meter,
                     beside=(built,),
                     smoothing=smoothing,
+                    moments=moments,
                 )
+                (directory / STATISTICS_NAME).unlink(missing_ok=True)
             with stages.stage("graph"):
                 built.result()
                 graph = build_graph(skeleton, plan, profile, inline, data_name=DATA_NAME, pool=pool)
@@ -284,7 +289,6 @@ def _calibration(
             source=model.as_request(),
             content=content,
             work=work,
-            threads=options.threads,
             seed=options.seed,
             memory_cap=options.max_memory,
             progress=lambda fraction: meter(fraction, 1.0),

@@ -71,6 +71,7 @@ def write_weights(
     progress: Progress | None = None,
     beside: Sequence[Future[None]] = (),
     smoothing: Smoothing | None = None,
+    moments: Callable[[str], FloatArray | None] | None = None,
 ) -> dict[str, AnyArray]:
     """Write every weight of the plan to its place in the data file.
 
@@ -84,6 +85,7 @@ def write_weights(
         progress: Called with weights done and weights in all.
         beside: Other work of the same export: its failure ends this too, at once.
         smoothing: Weights that are changed on the way, and the vectors that undo it.
+        moments: Gives the second moments of a linear's inputs, by its name; ``None`` where none are known.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -94,7 +96,7 @@ def write_weights(
     keep_buffers()
     stopped = threading.Event()
     calibration = calibrate(stopped) if calibrate is not None else None
-    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing)
+    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments)
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
         ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
@@ -140,8 +142,9 @@ class _Stream:
         stopped: threading.Event,
         progress: Progress | None,
         smoothing: Smoothing | None,
+        moments: Callable[[str], FloatArray | None] | None,
     ) -> None:
-        self.smoothing = smoothing
+        self.smoothing, self.moments = smoothing, moments
         self.plan, self.checkpoint, self.quantizer, self.data = plan, checkpoint, quantizer, data
         self.calibration, self.stopped = calibration, stopped
         self.inline: dict[str, AnyArray] = {}
@@ -174,7 +177,8 @@ class _Stream:
         assert scheme is not None
         importance = self.calibration.importance(fate) if self.calibration is not None else None
         if scheme.activations != "none":
-            self._integer(task, self.quantizer.quantize(rows, scheme, importance))
+            known = self.moments(fate.name) if self.moments is not None else None
+            self._integer(task, self.quantizer.quantize(rows, scheme, importance, moments=known))
             return
         result = self.quantizer.quantize(rows, scheme, importance, scale_format=self.plan.scale_format)
         packed = (

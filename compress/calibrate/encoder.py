@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,27 @@ from typing import Any
 import numpy as np
 
 from compress.calibrate.encoder_texts import calibration_texts
-from compress.calibrate.smoothing import Ranges, Smoothing, smooth
-from compress.contracts import Checkpoint, Encoder
+from compress.calibrate.smoothing import ChannelStatistics, Smoothing, smooth
+from compress.contracts import Checkpoint, Encoder, FloatArray
 from compress.plan import Plan, make_plan
 from compress.profile import Profile
 from compress.validate.protocol import run_worker
 from compress.validate.text import Text
 
 TIMEOUT_SECONDS = 3600.0
+STATISTICS_NAME = ".calibration.npz"
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A plan that knows what was found, and the changes that its weights need."""
+    """A plan that knows what was found, and the changes that its weights need.
+
+    ``statistics`` is the worker's file, for the moments that are too many to keep; who asked for it removes it.
+    """
 
     plan: Plan
-    smoothing: Smoothing | None
+    smoothing: Smoothing
+    statistics: Path
 
 
 def wanted(plan: Plan, profile: Profile) -> bool:
@@ -46,7 +50,6 @@ def calibrate(
     source: Mapping[str, Any],
     content: Text,
     work: Path,
-    threads: int,
     seed: int,
     memory_cap: int | None,
     progress: Callable[[float], None],
@@ -59,8 +62,7 @@ def calibrate(
         profile: What is asked for.
         source: The source as a worker opens it again.
         content: Running text to cut calibration texts from.
-        work: Where temporary files may go.
-        threads: Of the worker; they change no bytes.
+        work: Where the statistics go.
         seed: Of random sequences.
         memory_cap: The most bytes the model may take there.
         progress: Called with the fraction that is done.
@@ -71,26 +73,39 @@ def calibrate(
     """
     encoder = plan.structure
     assert isinstance(encoder, Encoder)
-    texts = calibration_texts(encoder, checkpoint, content, seed)
-    with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=work) as name:
-        place = Path(name)
-        texts.save(place / "texts.npz")
+    texts, statistics = work / ".calibration-texts.npz", work / STATISTICS_NAME
+    calibration_texts(encoder, checkpoint, content, seed).save(texts)
+    try:
         request = {
             "checkpoint": dict(source),
-            "texts": str(place / "texts.npz"),
-            "output": str(place / "ranges.npz"),
+            "texts": str(texts),
+            "output": str(statistics),
             "linears": {item.name: item.graph_weights[0] for item in encoder.linears if item.layer is not None},
             "memory_cap": memory_cap,
-            "threads": threads,
+            "threads": 1,
         }
         run_worker("calibrate.encoder_worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
-        ranges = _read_ranges(place / "ranges.npz", encoder)
-    smoothing = smooth(encoder, ranges)
+    finally:
+        texts.unlink()
+    smoothing = smooth(encoder, _read(statistics, encoder))
     sizes = {name: len(array) for name, array in smoothing.constants.items()}
-    return Calibrated(make_plan(smoothing.structure, profile, checkpoint, constants=sizes), smoothing)
+    return Calibrated(make_plan(smoothing.structure, profile, checkpoint, constants=sizes), smoothing, statistics)
 
 
-def _read_ranges(path: Path, encoder: Encoder) -> Ranges:
+def _read(path: Path, encoder: Encoder) -> dict[str, ChannelStatistics]:
     with np.load(path) as stored:
         names = [linear.name for linear in encoder.linears if linear.layer is not None]
-        return {name: (stored[f"{name}/low"], stored[f"{name}/high"]) for name in names}
+        return {
+            name: ChannelStatistics(*(stored[f"{name}/{measure}"] for measure in ("low", "high", "peak")))
+            for name in names
+        }
+
+
+def moments(found: Calibrated, name: str) -> FloatArray | None:
+    """Return the second moments ``[K', K']`` of a linear's inputs as it is stored, ``None`` where none are known."""
+    with np.load(found.statistics) as stored:
+        if f"{name}/moments" not in stored:
+            return None
+        second, mean = stored[f"{name}/moments"], stored[f"{name}/mean"]
+    change = found.smoothing.linears.get(name)
+    return second if change is None else change.moments(second, mean)

@@ -32,8 +32,24 @@ THRESHOLD = 2.0
 #: Neurons scaled by more are repeated, so that no copy's weight grows by more than ``SHARE``.
 REPEAT_FROM, SHARE = 1.6, 1.3
 
-#: Least and greatest value of every input channel, float32 ``[K]`` each, by linear.
-Ranges = Mapping[str, tuple[FloatArray, FloatArray]]
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """A linear's input channels on calibration texts, float32 ``[K]`` each.
+
+    Attributes:
+        low: Their least values.
+        high: Their greatest values.
+        peak: The greatest magnitude of the weights that read them.
+    """
+
+    low: FloatArray
+    high: FloatArray
+    peak: FloatArray
+
+
+#: By linear.
+Statistics = Mapping[str, ChannelStatistics]
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,13 @@ def constant_shapes(encoder: Encoder) -> dict[str, int]:
     return shapes
 
 
-def smooth(encoder: Encoder, ranges: Ranges) -> Smoothing:
-    """Choose scales, shifts and repetitions from the ranges that calibration texts gave."""
+def smooth(encoder: Encoder, statistics: Statistics) -> Smoothing:
+    """Choose scales, shifts, repetitions and the order of neurons from what calibration texts gave."""
     linears: dict[str, Adjustment] = {}
     norms: dict[str, NormAdjustment] = {}
     constants: dict[str, FloatArray] = {}
     for junction in encoder.junctions:
-        scale, shift = _channels(junction, ranges)
+        scale, shift = _channels(junction, statistics)
         constants[scale_name(junction.name)] = scale
         if junction.last:  # whoever reads the model's output knows nothing of a shift
             constants[shift_name(junction.name)] = shift
@@ -97,7 +113,7 @@ def smooth(encoder: Encoder, ranges: Ranges) -> Smoothing:
             linears[name] = replace(linears.get(name, Adjustment()), offset=shift)
     sizes: dict[str, Linear] = {linear.name: linear for linear in encoder.linears}
     for up, down in _feed_forwards(encoder):
-        columns, share, inverse = repeat_outliers(*ranges[down.name])
+        columns, share, inverse = repeat_outliers(statistics[down.name])
         constants[scale_name(down.name)] = inverse
         linears[up.name] = replace(linears.get(up.name, Adjustment()), rows=columns)
         linears[down.name] = replace(linears.get(down.name, Adjustment()), columns=columns, column_scale=share)
@@ -142,27 +158,32 @@ def outlier_scale(extent: FloatArray) -> FloatArray:
     return scale
 
 
-def repeat_outliers(low: FloatArray, high: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
+def repeat_outliers(inner: ChannelStatistics) -> tuple[IntArray, FloatArray, FloatArray]:
     """Return how a feed-forward's inner neurons are stored.
 
-    Args:
-        low: Least value of every neuron, ``[K]``.
-        high: Greatest value.
+    Their order is free, and chosen so that of two neighbours one has small weights: the sum of both then leaves every
+    weight its 8 bits (:mod:`compress.quantize.integer`).
 
     Returns:
-        Which neuron every stored one is, int64 ``[K']``, copies last; the factor of its column in the second linear;
-        the factor of its value before that, both float32 ``[K']``.
+        Which neuron every stored one is, int64 ``[K']``; the factor of its column in the second linear; the factor of
+        its value before that, both float32 ``[K']``.
     """
-    scale = outlier_scale(np.maximum(np.abs(low), np.abs(high)))
+    scale = outlier_scale(np.maximum(np.abs(inner.low), np.abs(inner.high)))
     copies = np.where(scale > REPEAT_FROM, np.ceil(scale / SHARE), 1).astype(np.int64)
     own = np.arange(len(scale), dtype=np.int64)
     columns = np.concatenate([own, np.repeat(own, copies - 1)])
+    by_weight = np.argsort(-(inner.peak * scale / copies)[columns], kind="stable")
+    half = len(columns) // 2
+    order = np.empty_like(by_weight)
+    order[0::2], order[1::2] = by_weight[: len(columns) - half], by_weight[::-1][:half]
+    columns = columns[order]
     share = (scale / copies)[columns].astype(np.float32)
     return columns, share, (1 / scale)[columns].astype(np.float32)
 
 
-def _channels(junction: Junction, ranges: Ranges) -> tuple[FloatArray, FloatArray]:
-    low, high = ranges[junction.readers[0]]
+def _channels(junction: Junction, statistics: Statistics) -> tuple[FloatArray, FloatArray]:
+    found = statistics[junction.readers[0]]
+    low, high = found.low, found.high
     half = np.float32(0.5)
     return outlier_scale((high - low) * half), (high + low) * half
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from compress.contracts import FloatArray
+from compress.contracts import FloatArray, QuantizedRows
 
 SignedArray = npt.NDArray[np.int8]
 
@@ -52,6 +52,12 @@ def quantize_channels(
         part = slice(start, start + step)
         codes[part], scales[part] = _search(weight[part], _LARGEST[bits], float((1 << (bits - 1)) - 1), weights)
     return codes, scales
+
+
+def unsigned(codes: SignedArray, scales: FloatArray, bits: int) -> QuantizedRows:
+    """Return signed codes ``[N, K]`` and scales ``[N]`` as every quantizer does: shifted to the middle of the range."""
+    shifted = (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    return QuantizedRows(shifted, scales[:, None], None)
 
 
 def bring_pairs_back(codes: FloatArray) -> FloatArray:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.contracts import ByteArray, FloatArray, QuantizedRows, Scheme
-from compress.quantize.integer import quantize_channels
+from compress.quantize.integer import quantize_channels, unsigned
 from compress.quantize.scales import ScaleFormat, round_scales, validate_scale_format
 from compress.quantize.scheme import validate_scheme, zero_code
 
@@ -76,6 +76,7 @@ class RoundToNearest:
         importance: FloatArray | None = None,
         *,
         scale_format: ScaleFormat = "float32",
+        moments: FloatArray | None = None,
     ) -> QuantizedRows:
         """Quantize ``weight`` float32 ``[rows, columns]``.
 
@@ -85,6 +86,7 @@ class RoundToNearest:
             importance: float32 ``[columns]``, not negative: expected second moment of each input channel up to a
                 factor. A block whose importance is 0 throughout is treated as if it had none.
             scale_format: What the scales are rounded to before codes are chosen.
+            moments: Not used: rows are rounded one weight at a time.
 
         Raises:
             UsageError: The scheme or the scale format does not exist.
@@ -97,9 +99,7 @@ class RoundToNearest:
             raise ValueError(f"expected a float32 matrix, got {weight.dtype} {list(weight.shape)}")
         rows, columns = weight.shape
         if scheme.activations != "none":
-            signed, channel_scales = quantize_channels(weight, scheme.bits, importance)
-            unsigned = (signed.astype(np.int16) + zero_code(scheme.bits)).astype(np.uint8)
-            return QuantizedRows(unsigned, channel_scales[:, None], None)
+            return unsigned(*quantize_channels(weight, scheme.bits, importance), scheme.bits)
         if scheme.block_size == 0:
             scheme = replace(scheme, block_size=max(columns, 1))
         blocks = scheme.blocks(columns)
