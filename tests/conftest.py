@@ -54,7 +54,7 @@ def tiny_artifact(
 
         key = (name, profile, *overrides)
         if key not in made:
-            output = tmp_path_factory.mktemp("artifact") / f"{name.replace(':', '-')}-{profile}"
+            output = tmp_path_factory.mktemp("artifact") / f"{name.replace(':', '-')}-{Path(profile).stem}"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
                 pipeline.export(

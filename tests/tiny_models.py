@@ -89,6 +89,8 @@ TASK_SUFFIXES = {
     "question-answering": "ForQuestionAnswering",
     "fill-mask": "ForMaskedLM",
 }
+#: An integer profile that does not run the model first.
+PLAIN_INT8 = str(Path(__file__).with_name("plain-int8.toml"))
 #: Every encoder family with every task, as ``family:task``.
 ENCODERS = tuple(f"{family}:{task}" for family in ENCODER_STEMS for task in TASK_SUFFIXES)
 _ENCODER_SHAPE = {

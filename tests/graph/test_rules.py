@@ -1,72 +1,20 @@
-"""Each rule on a real skeleton: it fires where it should, and refuses a skeleton that lacks a piece."""
+"""Each rule on a decoder's real skeleton: it fires where it should, and refuses a skeleton that lacks a piece."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compress import pipeline, weights
 from compress.errors import CompressError
-from compress.graph.decoder import OPSET, DecoderGraph, build_decoder
+from compress.graph.decoder import OPSET
 from compress.graph.rules import logits_to_keep, long_rope
-from compress.package.writer import DataFile
-from compress.plan import Plan, make_plan
-from compress.profile import Profile, load_profile
-from compress.quantize import load_quantizer
-from compress.source import open_checkpoint
-from tiny_models import FAMILIES, LONG_ROPE_SWITCH, Skeletons
+from prepared import Prepare, operators
+from tiny_models import FAMILIES, LONG_ROPE_SWITCH
 
 LAYERS, HEAD = 3, 1
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that :func:`build_decoder` takes."""
-
-    skeleton: Path
-    plan: Plan
-    profile: Profile
-    inline: Mapping[str, Any]
-
-    def build(self) -> DecoderGraph:
-        return build_decoder(self.skeleton, self.plan, self.profile, self.inline, data_name="model.onnx.data")
-
-    def edited(self, edit: Callable[[ir.Graph], object]) -> Prepared:
-        """Return the same with a changed skeleton."""
-        model = ir.load(self.skeleton)
-        edit(model.graph)
-        path = self.skeleton.with_name("edited.onnx")
-        ir.save(model, path)
-        return Prepared(path, self.plan, self.profile, self.inline)
-
-
-Prepare = Callable[..., Prepared]
-
-
-@pytest.fixture
-def prepare(tiny_model: Callable[[str], Path], skeletons: Skeletons, tmp_path: Path) -> Prepare:
-    def get(name: str, profile: str = "arm-int4", *overrides: str) -> Prepared:
-        recipe = load_profile(profile, overrides)
-        with open_checkpoint(str(tiny_model(name))) as checkpoint:
-            plan = make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
-            with DataFile(tmp_path / f"{uuid4()}.data", plan.data_bytes) as data:
-                inline = weights.write_weights(plan, checkpoint, load_quantizer("rtn"), data, calibrate=None, threads=1)
-        skeletons.build(tiny_model(name), tmp_path / f"{name}.onnx")
-        return Prepared(tmp_path / f"{name}.onnx", plan, recipe, inline)
-
-    return get
-
-
-def operators(graph: ir.Graph) -> Counter[str]:
-    return Counter(node.op_type for node in graph)
 
 
 # ------------------------------------------------------------------------------------------------ the whole sequence
