@@ -76,6 +76,15 @@ class Adjustment:
             changed = changed / divisor / divisor[:, None]
         return np.ascontiguousarray(changed, np.float32)
 
+    def inputs(self, values: FloatArray) -> FloatArray:
+        """Return the changed inputs ``[..., K']`` for the source's inputs ``[..., K]``."""
+        changed = values if self.shift is None else values - self.shift
+        changed = changed if self.columns is None else changed[..., self.columns]
+        if self.column_scale is None:
+            return changed
+        divided: FloatArray = changed / (self.column_scale * self.copies(values.shape[-1]))
+        return divided
+
     def copies(self, sources: int) -> FloatArray:
         """Return how often each stored column's source is stored, float32 ``[K']``: copies share its weight."""
         if self.columns is None:

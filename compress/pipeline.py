@@ -109,6 +109,14 @@ class ExportResult:
     exit_code: int
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a build left to say: how often each graph rule fired, and what calibration found, if there was any."""
+
+    fired: Mapping[str, int]
+    calibration: Mapping[str, Any] | None
+
+
 def describe(checkpoint: Checkpoint) -> Structure:
     """Read the model's structure through its family."""
     return load_family(checkpoint.config).describe(checkpoint.config, checkpoint.tensors())
@@ -142,7 +150,7 @@ def export(
         with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
             digests = background.submit(checkpoint.files)
             calibration = _calibration(model, checkpoint, plan, profile, options)
-            fired = build(
+            built = build(
                 checkpoint,
                 plan,
                 profile,
@@ -160,12 +168,14 @@ def export(
                 files=digests.result(),
                 adapter={"directory": model.adapter.name} if model.adapter else None,
             )
-            record |= {"task": task, "fusions": dict(fired)}
+            record |= {"task": task, "fusions": dict(built.fired)}
+            if built.calibration is not None:
+                record["calibration"] = dict(built.calibration)
             report, status, code = None, "built", EXIT_OK
             if options.validate:
                 from compress import proof
 
-                report = proof.prove(model, checkpoint, plan, profile, directory, options, stages, fusions=fired)
+                report = proof.prove(model, checkpoint, plan, profile, directory, options, stages, fusions=built.fired)
                 status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
                 code = proof.exit_code(report)
             record = manifest.write_manifest(directory, record, status=status)
@@ -183,11 +193,11 @@ def build(
     seed: int = 0,
     pool: Pooling | None = None,
     calibration: Calibration | None = None,
-) -> Mapping[str, int]:
+) -> Built:
     """Build graph, weights and package files into an existing directory; no validation, no manifest.
 
     ``calibration`` runs the source model on texts and returns a plan that knows what they showed; it may be ``None``
-    where the profile asks for none. Returns how often each graph rule fired.
+    where the profile asks for none.
     """
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.calibrate.encoder import STATISTICS_NAME
@@ -197,14 +207,14 @@ def build(
     from compress.graph.skeleton import build_skeleton
 
     skeleton = directory / ".skeleton.onnx"
-    smoothing, moments = None, None
+    smoothing, moments, record = None, None, None
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background:
         built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
         if calibration is not None:
             with stages.stage("calibrate") as meter:
                 found = calibration(directory, meter)
-                plan, smoothing = found.plan, found.smoothing
+                plan, smoothing, record = found.plan, found.smoothing, found.record
                 moments = partial(encoder_moments, found)
         with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
             with stages.stage("weights", unit="weights") as meter:
@@ -236,7 +246,7 @@ def build(
         for target in _targets(profile):
             if target.applies(plan.structure):
                 target.write(directory, plan.structure, checkpoint, inputs=inputs)
-    return graph.fired
+    return Built(graph.fired, record)
 
 
 def check_labels(structure: Structure, options: ExportOptions) -> None:

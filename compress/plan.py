@@ -6,10 +6,11 @@ Requires a :class:`~compress.contracts.Structure` and a :class:`~compress.profil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 from compress.contracts import (
     Checkpoint,
@@ -33,6 +34,9 @@ from compress.quantize.scheme import BLOCK_SIZES, validate_scheme
 INLINE_LIMIT = 1024
 #: Large tensors start on a page so that a runtime can map them; the others on a cache line.
 _PAGE, _LINE, _PAGE_FROM = 4096, 64, 1 << 20
+
+#: Endings of the constants that a fixed input range is stored as.
+INPUT_RANGE = ("input_range_scale", "input_range_zero_point")
 
 DType = Literal["float32", "float16", "int8", "uint8"]
 _ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
@@ -143,7 +147,7 @@ def make_plan(
     profile: Profile,
     checkpoint: Checkpoint,
     *,
-    constants: Mapping[str, int] | None = None,
+    constants: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
     keep_float: Collection[str] = (),
 ) -> Plan:
     """Assign a scheme and a place in the file to every tensor.
@@ -152,7 +156,7 @@ def make_plan(
         structure: What there is.
         profile: What is asked for.
         checkpoint: Its headers say how large the source is.
-        constants: Vectors that are no parameter of the model, with their sizes: calibration finds them.
+        constants: Types and shapes of arrays that are no parameter of the model: calibration finds them.
         keep_float: Linears, by name, that stay float32 whatever the profile says.
 
     Raises:
@@ -169,8 +173,9 @@ def make_plan(
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
     for vector in structure.vectors:
         fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
-    for name, size in (constants or {}).items():
-        fates.append(_plan_vector(name, size, (), layout))
+    for name, (dtype, shape) in (constants or {}).items():
+        stored = layout.place((name, cast(DType, dtype), shape))
+        fates.append(Fate(name, "vector", None, math.prod(shape), 1, None, (), stored))
     if isinstance(structure, Decoder) and structure.rope_shape is not None:
         # The skeleton computes the rotary tables; here they only need a place.
         for name in ("cos_cache", "sin_cache"):

@@ -43,6 +43,8 @@ class Quantize(_Strict):
     ``block_size`` says. Embedding tables and the head keep their inputs in float32 unless their role says otherwise.
     Position tables stay float32 unless ``roles.position`` says otherwise. ``smoothing`` (encoders with integer
     products) tames outlier channels by what calibration texts show; see :mod:`compress.calibrate.smoothing`.
+    ``max_layer_loss`` keeps a linear in float32 that alone changes more than this share of the outputs' variance, as
+    measured (:mod:`compress.calibrate.sensitivity`). ``input_range`` chooses the ranges of ``activations = "static"``.
     """
 
     algorithm: str = "rtn"
@@ -54,6 +56,8 @@ class Quantize(_Strict):
     scale_format: ScaleFormat = "float32"
     importance: Literal["random-tokens", "none"] = "random-tokens"
     smoothing: Literal["calibrated", "none"] = "none"
+    max_layer_loss: float | None = Field(default=None, gt=0)
+    input_range: Literal["percentile", "entropy", "minmax"] = "percentile"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
 
     def scheme(self, role: Role) -> Scheme | None:

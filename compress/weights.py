@@ -97,6 +97,8 @@ def write_weights(
     stopped = threading.Event()
     calibration = calibrate(stopped) if calibrate is not None else None
     stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments)
+    for name, array in (smoothing.constants if smoothing is not None else {}).items():
+        stream.store_constant(plan.by_name[name].stored[0], array)
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
         ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
@@ -121,7 +123,7 @@ def write_weights(
 def _tasks(plan: Plan, smoothing: Smoothing | None) -> Iterator[_Task]:
     # A tied table's statistics are those of the head's inputs, the last to be known.
     for fate in sorted(plan.fates, key=lambda fate: fate.tied):
-        if not fate.reads and not (smoothing and fate.name in smoothing.constants):
+        if not fate.reads:
             continue
         whole = fate.kind == "matmul" and fate.scheme is None  # transposed on the way: needs all rows at once
         whole = whole or any(piece.transposed for piece in fate.reads)
@@ -218,6 +220,13 @@ class _Stream:
         step = max(1, CHUNK_WEIGHTS // fate.rows)
         for start in range(0, fate.columns, step):
             self.store(stored, start, np.ascontiguousarray(rows[:, start : start + step].T))
+
+    def store_constant(self, stored: StoredTensor, array: AnyArray) -> None:
+        """Write a whole array, of any shape."""
+        if stored.offset is None:
+            self.inline[stored.name] = array
+        else:
+            self.data.write(stored.offset, array)
 
     def store(self, stored: StoredTensor, row: int, array: AnyArray) -> None:
         """Write rows of a stored tensor, from row ``row`` on."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compress.calibrate.encoder_texts import calibration_texts
+from compress.calibrate.ranges import scale_and_zero_point
 from compress.calibrate.smoothing import ChannelStatistics, Smoothing, smooth
 from compress.contracts import Checkpoint, Encoder, FloatArray
+from compress.plan import INPUT_RANGE as RANGE
 from compress.plan import Plan, make_plan
 from compress.profile import Profile
 from compress.validate.protocol import run_worker
@@ -26,20 +29,32 @@ class Calibrated:
     """A plan that knows what was found, and the changes that its weights need.
 
     ``statistics`` is the worker's file, for the moments that are too many to keep; who asked for it removes it.
+    ``record`` is for the manifest: texts, the losses of linears, and which stay in float32.
     """
 
     plan: Plan
     smoothing: Smoothing
     statistics: Path
+    record: Mapping[str, Any]
 
 
 def wanted(plan: Plan, profile: Profile) -> bool:
     """Return whether a plan gains from calibration: an encoder with integer products whose profile asks for it."""
+    asked = profile.quantize
     return (
         isinstance(plan.structure, Encoder)
-        and profile.quantize.smoothing == "calibrated"
-        and any(fate.scheme is not None and fate.scheme.activations != "none" for fate in plan.fates)
+        and bool(_integers(plan))
+        and (asked.smoothing == "calibrated" or asked.max_layer_loss is not None or bool(_integers(plan, "static")))
     )
+
+
+def _integers(plan: Plan, *kinds: str) -> dict[str, int]:
+    """Return the bits of the linears that become integer products, by name."""
+    return {
+        fate.name: fate.scheme.bits
+        for fate in plan.fates
+        if fate.scheme is not None and fate.scheme.activations in (kinds or ("dynamic", "static"))
+    }
 
 
 def calibrate(
@@ -71,7 +86,7 @@ def calibrate(
         UsageError: The text is too short.
         CompressError: The model or its tokenizer cannot be run.
     """
-    encoder = plan.structure
+    encoder, asked = plan.structure, profile.quantize
     assert isinstance(encoder, Encoder)
     texts, statistics = work / ".calibration-texts.npz", work / STATISTICS_NAME
     calibration_texts(encoder, checkpoint, content, seed).save(texts)
@@ -80,16 +95,47 @@ def calibrate(
             "checkpoint": dict(source),
             "texts": str(texts),
             "output": str(statistics),
-            "linears": {item.name: item.graph_weights[0] for item in encoder.linears if item.layer is not None},
+            "linears": {
+                item.name: list(item.graph_weights)
+                for item in encoder.linears
+                if item.layer is not None or item.name in _integers(plan)
+            },
+            "smoothing": asked.smoothing == "calibrated",
+            "bits": _integers(plan),
+            "measure_losses": asked.max_layer_loss is not None,
+            "static": list(_integers(plan, "static")),
+            "range": asked.input_range,
             "memory_cap": memory_cap,
             "threads": 1,
         }
-        run_worker("calibrate.encoder_worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
+        response = run_worker("calibrate.encoder_worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
     finally:
         texts.unlink()
-    smoothing = smooth(encoder, _read(statistics, encoder))
-    sizes = {name: len(array) for name, array in smoothing.constants.items()}
-    return Calibrated(make_plan(smoothing.structure, profile, checkpoint, constants=sizes), smoothing, statistics)
+    losses: dict[str, float] = response["results"][0]["losses"]
+    kept = sorted(name for name, loss in losses.items() if not loss <= (asked.max_layer_loss or 0))
+    smoothing = _changes(
+        encoder, statistics, asked.smoothing == "calibrated", _integers(plan, "static").keys() - set(kept)
+    )
+    arrays = {name: (str(array.dtype), array.shape) for name, array in smoothing.constants.items()}
+    final = make_plan(smoothing.structure, profile, checkpoint, constants=arrays, keep_float=kept)
+    record = {
+        "text": {"name": content.name, "sha256": content.sha256},
+        "texts": response["results"][0]["texts"],
+        "losses": {name: float(f"{loss:.3g}") for name, loss in losses.items()},
+        "kept_float": kept,
+    }
+    return Calibrated(final, smoothing, statistics, record)
+
+
+def _changes(encoder: Encoder, path: Path, smoothed: bool, static: Collection[str]) -> Smoothing:
+    """Return what is changed, and the constants that fixed ranges need."""
+    found = smooth(encoder, _read(path, encoder)) if smoothed else Smoothing(encoder)
+    ranges: dict[str, npt.NDArray[Any]] = {}
+    with np.load(path) as stored:
+        for name in sorted(static):
+            scale, zero_point = scale_and_zero_point(*map(float, stored[f"{name}/range"]))
+            ranges[f"{name}.{RANGE[0]}"], ranges[f"{name}.{RANGE[1]}"] = np.array(scale), np.array(zero_point)
+    return replace(found, constants={**found.constants, **ranges})
 
 
 def _read(path: Path, encoder: Encoder) -> dict[str, ChannelStatistics]:

@@ -5,13 +5,13 @@ tensor of 8-bit activations has) leaves the others a handful of codes. Scales pe
 SmoothQuant (Xiao et al., 2023), and shifts to the biases, as in Outlier Suppression+ (Wei et al., 2023); which is exact
 in real numbers. What is particular here:
 
-* Only outliers are scaled: ``s = max(1, r / (2 median r))`` with ``r`` half the range of a channel on the calibration
+* Only outliers are scaled: ``s = max(1, r / (1.5 median r))`` with ``r`` half the range of a channel on the calibration
   texts. Scaling every channel to one range gives the weights the outliers instead.
 * In a post-norm block the hidden state is a norm's output ``x``. The norm is made to emit ``x' = (x - z) / s``, with
   ``z`` the middle of the channel's range: linears read ``x'``; the residual sum reads ``x' s``, one product, and the
   ``z`` it lacks is in the bias of the linear it is added to.
-* Inputs of the second feed-forward linear are scaled after the activation (they have no shift: their lower end is the
-  activation's own). A neuron with ``s > 1.6`` is repeated ``ceil(s / 1.3)`` times, each copy with its share of the
+* Inputs of the second feed-forward linear are scaled after the activation, from 2 medians on (they have no shift: their
+  lower end is the activation's own). A neuron with ``s > 1.6`` is repeated ``ceil(s / 1.3)`` times, each copy with its share of the
   weight: a column scaled up as a whole would set the scale of all 8-bit weights of its output channels.
 """
 
@@ -19,16 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compress.adjust import Adjustment, IntArray, NormAdjustment
 from compress.contracts import Checkpoint, Encoder, FloatArray, Junction, Linear
 from compress.plan import Fate, Plan
 from compress.reading import read_whole
 
-#: Half ranges up to this many medians are left alone.
-THRESHOLD = 2.0
+#: Ranges up to this many medians are left alone: of the residual stream, and of a feed-forward's inner neurons.
+STREAM_THRESHOLD, INNER_THRESHOLD = 1.5, 2.0
 #: Neurons scaled by more are repeated, so that no copy's weight grows by more than ``SHARE``.
 REPEAT_FROM, SHARE = 1.6, 1.3
 
@@ -60,13 +62,13 @@ class Smoothing:
         structure: With the sizes that linears have afterwards.
         linears: What becomes of linears, by name.
         norms: What becomes of norms, by graph name without ``.weight``.
-        constants: Vectors that the graph multiplies and adds, by planned name (:func:`constant_names`).
+        constants: What the graph itself needs, by planned name: vectors to multiply and to add, fixed ranges.
     """
 
     structure: Encoder
     linears: Mapping[str, Adjustment] = field(default_factory=dict)
     norms: Mapping[str, NormAdjustment] = field(default_factory=dict)
-    constants: Mapping[str, FloatArray] = field(default_factory=dict)
+    constants: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 def scale_name(name: str) -> str:
@@ -79,17 +81,17 @@ def shift_name(name: str) -> str:
     return f"{name}.input_shift"
 
 
-def constant_shapes(encoder: Encoder) -> dict[str, int]:
-    """Return the planned vectors' sizes before any neuron is repeated."""
-    shapes: dict[str, int] = {}
+def constant_shapes(encoder: Encoder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the planned vectors' types and shapes before any neuron is repeated."""
+    sizes: dict[str, int] = {}
     for junction in encoder.junctions:
-        shapes[scale_name(junction.name)] = encoder.hidden_size
+        sizes[scale_name(junction.name)] = encoder.hidden_size
         if junction.last:
-            shapes[shift_name(junction.name)] = encoder.hidden_size
+            sizes[shift_name(junction.name)] = encoder.hidden_size
     for linear in encoder.linears:
         if linear.role == "down":
-            shapes[scale_name(linear.name)] = linear.in_features
-    return shapes
+            sizes[scale_name(linear.name)] = linear.in_features
+    return {name: ("float32", (size,)) for name, size in sizes.items()}
 
 
 def smooth(encoder: Encoder, statistics: Statistics) -> Smoothing:
@@ -126,19 +128,17 @@ def smooth(encoder: Encoder, statistics: Statistics) -> Smoothing:
 def changes(smoothing: Smoothing, name: str) -> bool:
     """Return whether a planned weight is not what the checkpoint has."""
     stem = name.removesuffix(".bias").removesuffix(".weight")
-    changed = smoothing.constants.keys() | smoothing.linears.keys() | smoothing.norms.keys()
+    changed = smoothing.linears.keys() | smoothing.norms.keys()
     return name in changed or stem in changed
 
 
 def changed_rows(smoothing: Smoothing, plan: Plan, checkpoint: Checkpoint, fate: Fate) -> FloatArray:
-    """Return all rows of a changed weight, bias or norm as they are stored, or a vector of the graph's own.
+    """Return all rows of a changed weight, bias or norm as they are stored.
 
     Raises:
         SourceError: A value of the source is NaN or infinite.
     """
     name = fate.name
-    if name in smoothing.constants:
-        return smoothing.constants[name]
     if name in smoothing.linears:
         return smoothing.linears[name].weight(read_whole(checkpoint, fate.reads))
     stem, _, kind = name.rpartition(".")
@@ -149,9 +149,9 @@ def changed_rows(smoothing: Smoothing, plan: Plan, checkpoint: Checkpoint, fate:
     return smoothing.linears[stem].bias(source, read_whole(checkpoint, plan.by_name[stem].reads))
 
 
-def outlier_scale(extent: FloatArray) -> FloatArray:
-    """Return float32 ``[K]``: 1 up to :data:`THRESHOLD` medians, what brings a channel down to that beyond."""
-    usual = THRESHOLD * float(np.median(extent))
+def outlier_scale(extent: FloatArray, threshold: float) -> FloatArray:
+    """Return float32 ``[K]``: 1 up to ``threshold`` medians, what brings a channel down to that beyond."""
+    usual = threshold * float(np.median(extent))
     if usual <= 0:
         return np.ones_like(extent)
     scale: FloatArray = np.maximum(1, extent / np.float32(usual)).astype(np.float32)
@@ -168,7 +168,7 @@ def repeat_outliers(inner: ChannelStatistics) -> tuple[IntArray, FloatArray, Flo
         Which neuron every stored one is, int64 ``[K']``; the factor of its column in the second linear; the factor of
         its value before that, both float32 ``[K']``.
     """
-    scale = outlier_scale(np.maximum(np.abs(inner.low), np.abs(inner.high)))
+    scale = outlier_scale(np.maximum(np.abs(inner.low), np.abs(inner.high)), INNER_THRESHOLD)
     copies = np.where(scale > REPEAT_FROM, np.ceil(scale / SHARE), 1).astype(np.int64)
     own = np.arange(len(scale), dtype=np.int64)
     columns = np.concatenate([own, np.repeat(own, copies - 1)])
@@ -185,7 +185,7 @@ def _channels(junction: Junction, statistics: Statistics) -> tuple[FloatArray, F
     found = statistics[junction.readers[0]]
     low, high = found.low, found.high
     half = np.float32(0.5)
-    return outlier_scale((high - low) * half), (high + low) * half
+    return outlier_scale((high - low) * half, STREAM_THRESHOLD), (high + low) * half
 
 
 def _feed_forwards(encoder: Encoder) -> list[tuple[Linear, Linear]]:

@@ -17,7 +17,18 @@ import onnx_ir as ir
 from compress.contracts import Encoder
 from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import attention, gelu, gemm, linear, packed_attention, pooling, skip_norm, smooth, table
+from compress.graph.rules import (
+    attention,
+    gelu,
+    gemm,
+    linear,
+    packed_attention,
+    padding,
+    pooling,
+    skip_norm,
+    smooth,
+    table,
+)
 from compress.graph.rules._edit import Weights
 from compress.plan import Plan
 from compress.profile import Profile
@@ -58,6 +69,8 @@ def build_encoder(
     if "gelu" in profile.graph.fusions:
         fired["gelu"] = gelu.apply(graph, tanh=profile.graph.gelu == "tanh")
     fired["smooth"] = smooth.apply(graph, plan, weights)
+    if any(fate.scheme is not None and fate.scheme.activations == "dynamic" for fate in plan.fates):
+        fired["padding"] = padding.apply(graph, weights, encoder.vectors[0].graph_name.removesuffix(".weight"))
     fired["linear"] = linear.apply(graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
     if "packed_attention" in profile.graph.fusions:
         fired["packed_attention"] = packed_attention.apply(graph, encoder.head_dim)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from compress.graph.rules._edit import Weights, node, products
-from compress.plan import Fate, Plan
+from compress.plan import INPUT_RANGE, Fate, Plan
 
 
 @dataclass
@@ -71,7 +71,9 @@ class IntegerProducts:
     def _static(self, fate: Fate, bias: ir.Value | None, source: ir.Value, before: ir.Node, output: ir.Value) -> None:
         graph, weights = self.weights.graph, self.weights
         if source not in self._quantized:
-            scale, zero_point = (weights.value(self.plan.by_name[f"{fate.name}.{part}"].stored[0]) for part in _RANGE)
+            scale, zero_point = (
+                weights.value(self.plan.by_name[f"{fate.name}.{part}"].stored[0]) for part in INPUT_RANGE
+            )
             codes, rounded = (ir.Value(name=f"{source.name}/{part}") for part in ("codes", "rounded"))
             node(graph, before, "QuantizeLinear", [source, scale, zero_point], [codes])
             node(graph, before, "DequantizeLinear", [codes, scale, zero_point], [rounded])
@@ -89,6 +91,3 @@ class IntegerProducts:
         node(graph, before, "MatMul", [self._quantized[source][0], weight], [product])
         if bias is not None:
             node(graph, before, "Add", [product, bias], [output])
-
-
-_RANGE = ("input_range_scale", "input_range_zero_point")

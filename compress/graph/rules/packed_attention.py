@@ -66,7 +66,8 @@ def _insert(graph: ir.Graph, attention: ir.Node, packed: _Packed, mask: ir.Value
     codes, scale, zero = (ir.Value(name=f"{fused.name}/{part}") for part in _QUANTIZED)
     node(graph, attention, "DynamicQuantizeLinear", [packed.source], [codes, scale, zero])
     assert packed.scales.shape is not None
-    zeros = constant(graph, f"{packed.weight.name}/zero_points", np.zeros(packed.scales.shape.numpy(), np.int8))
+    count = packed.scales.shape.numpy()
+    zeros = constant(graph, f"zero_points_{count[0]}", np.zeros(count, np.int8))
     inputs = [codes, packed.weight, packed.bias, scale, packed.scales, mask, zero, zeros]
     node(graph, attention, "QAttention", inputs, [fused], domain="com.microsoft", num_heads=heads)
 
