@@ -55,8 +55,10 @@ def _storage(fate: Fate) -> str:
 
 
 def scheme_name(scheme: Scheme) -> str:
-    """Return a scheme in a few letters: ``int4 b32 sym``."""
-    return f"int{scheme.bits} b{scheme.block_size} {'sym' if scheme.symmetric else 'asym'}"
+    """Return a scheme in a few letters: ``int4 b32 sym``, ``int8 row sym``, ``int8 row dynamic`` (integer product)."""
+    blocks = f"b{scheme.block_size}" if scheme.block_size else "row"
+    kind = scheme.activations if scheme.activations != "none" else "sym" if scheme.symmetric else "asym"
+    return f"int{scheme.bits} {blocks} {kind}"
 
 
 def plan_text(document: Mapping[str, Any]) -> str:

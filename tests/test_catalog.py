@@ -101,6 +101,7 @@ def test_support_follows_from_the_families_that_exist(
 @pytest.mark.parametrize("entry", [e for e in catalog.entries() if e.model_type != "gpt2"], ids=lambda e: str(e.name))
 def test_support_agrees_with_what_the_family_does(entry: catalog.CatalogEntry) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"dim": 8, "hidden_dim": 8, "n_heads": 2, "n_layers": 1}  # DistilBERT's words for them
     config = {"model_type": entry.model_type, "rope_scaling": {"type": entry.rope_type}, "vocab_size": 8} | sizes
     takes_it = nullcontext() if entry.support == "supported" else pytest.raises(UnsupportedModelError)
     with takes_it:

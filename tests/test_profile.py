@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from compress.contracts import Scheme
+from compress.contracts import Role, Scheme
 from compress.errors import UsageError
 from compress.profile import available_profiles, load_profile, parse_profile
 from compress.providers import load as load_provider
@@ -24,12 +24,14 @@ def test_shipped_profiles_load_and_can_run(name: str) -> None:
     assert profile.description.endswith(".")
     load_quantizer(profile.quantize.algorithm)
     provider = load_provider(profile.provider)
-    for role in ("qkv", "attention_output", "gate_up", "up", "down", "head", "embedding"):
+    for role in get_args(Role):
         scheme = profile.quantize.scheme(role)
         if scheme is not None:
-            validate_scheme(scheme)
-            assert provider.supports(scheme) is None
-    assert profile.budget.max_kl is not None, "a profile without a budget proves nothing"
+            looked_up = scheme.block_size == 0 and role in ("embedding", "position")
+            validate_scheme(scheme, whole_rows=looked_up)
+            assert looked_up or provider.supports(scheme) is None
+    budget = profile.budget
+    assert {budget.max_kl, budget.min_cosine} != {None}, "a profile without a budget proves nothing"
 
 
 def test_the_issues_profiles_are_there() -> None:
@@ -45,6 +47,31 @@ def test_profiles_can_be_files(tmp_path: Path) -> None:
     profile = load_profile(str(path))
     assert profile.quantize.scheme("head") == Scheme(8, 32, symmetric=True)
     assert profile.quantize.scheme("down") == Scheme(4, 32, symmetric=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- schemes
+
+
+def test_integer_products_have_a_scale_a_channel_whatever_the_blocks_say() -> None:
+    quantize = {"bits": 8, "activations": "dynamic", "block_size": 128, "symmetric": False}
+    schemes = parse_profile({**MINIMAL, "quantize": quantize}, where="test").quantize
+    for role in ("qkv", "attention_output", "up", "down", "projection", "pooler", "classifier", "gate_up"):
+        assert schemes.scheme(role) == Scheme(8, 0, symmetric=True, activations="dynamic")
+    for role in ("head", "embedding"):
+        assert schemes.scheme(role) == Scheme(8, 128, symmetric=False), "its inputs stay float32"
+    assert schemes.scheme("position") is None, "unless its role says so"
+
+
+def test_roles_choose_their_own_activations() -> None:
+    roles = {"down": {"bits": 32}, "up": {"activations": "none", "block_size": 64}, "position": {"bits": 8}}
+    roles |= {"head": {"activations": "static"}, "qkv": {"bits": 7}}
+    quantize = {"bits": 8, "activations": "dynamic", "block_size": 128, "roles": roles}
+    schemes = parse_profile({**MINIMAL, "quantize": quantize}, where="test").quantize
+    assert schemes.scheme("down") is None
+    assert schemes.scheme("up") == Scheme(8, 64, symmetric=True)
+    assert schemes.scheme("head") == Scheme(8, 0, symmetric=True, activations="static")
+    assert schemes.scheme("qkv") == Scheme(7, 0, symmetric=True, activations="dynamic")
+    assert schemes.scheme("position") == Scheme(8, 128, symmetric=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- overrides
@@ -97,7 +124,7 @@ def test_a_zero_in_a_role_does_not_mean_the_default() -> None:
         ("quantize.roles.down.bitz=8", "unknown key 'quantize.roles.down.bitz'", "bits"),
         ("quantize.roles.dawn.bits=8", "quantize.roles.dawn", "compress profiles"),
         ("graph.logits_to_kep=1", "unknown key 'graph.logits_to_kep'", "logits_to_keep"),
-        ("quantize.bits=3", r"quantize\.bits: .*2, 4, 8 or 32.*got 3", "compress profiles"),
+        ("quantize.bits=3", r"quantize\.bits: .*2, 4, 7, 8 or 32.*got 3", "compress profiles"),
         ("quantize.bits=four", r"quantize\.bits.*got 'four'", "compress profiles"),
         ("quantize.scale_format=float8", r"quantize\.scale_format.*got 'float8'", "compress profiles"),
         ("budget.max_kl=-1", r"budget\.max_kl", "compress profiles"),
@@ -105,6 +132,12 @@ def test_a_zero_in_a_role_does_not_mean_the_default() -> None:
         ("budget.max_kl=nan", r"budget\.max_kl", "compress profiles"),
         ("validation.tokens=8", r"validation\.tokens", "compress profiles"),
         ("validation.window=4096", r"validation\.window is longer", "compress profiles"),
+        ("quantize.activations=sometimes", r"quantize\.activations: .*'none', 'dynamic' or 'static'", "compress profiles"),
+        ("quantize.roles.up.activations=8", r"quantize\.roles\.up\.activations", "compress profiles"),
+        ("graph.pooling=sum", r"graph\.pooling: .*'mean', 'cls', 'max' or 'none'", "compress profiles"),
+        ("graph.normalize=true", r"graph\.normalize: .*'auto', 'yes' or 'no'", "compress profiles"),
+        ("graph.minimum_fusions.gelus=1", r"graph\.minimum_fusions\.gelus: .*'gelu'", "compress profiles"),
+        ("graph.minimum_fusions=gelu", r"graph\.minimum_fusions", "compress profiles"),
         ("quantize.bits", "is not KEY=VALUE", "quantize.block_size=64"),
         ("=4", "is not KEY=VALUE", "quantize.block_size=64"),
         ("quantize..bits=4", "is not KEY=VALUE", "quantize.block_size=64"),

@@ -10,9 +10,10 @@ in real numbers. What is particular here:
 * In a post-norm block the hidden state is a norm's output ``x``. The norm is made to emit ``x' = (x - z) / s``, with
   ``z`` the middle of the channel's range: linears read ``x'``; the residual sum reads ``x' s``, one product, and the
   ``z`` it lacks is in the bias of the linear it is added to.
-* Inputs of the second feed-forward linear are scaled after the activation, from 2 medians on (they have no shift: their
-  lower end is the activation's own). A neuron with ``s > 1.6`` is repeated ``ceil(s / 1.3)`` times, each copy with its share of the
-  weight: a column scaled up as a whole would set the scale of all 8-bit weights of its output channels.
+* Inputs of the second feed-forward linear are scaled after the activation, from 2 medians on (they have no shift:
+  their lower end is the activation's own). A neuron with ``s > 1.6`` is repeated ``ceil(s / 1.3)`` times, each copy
+  with its share of the weight: a column scaled up as a whole would set the scale of all 8-bit weights of its output
+  channels.
 """
 
 from __future__ import annotations
