@@ -330,9 +330,7 @@ def _source_bytes(structure: Structure, tensors: Mapping[str, TensorInfo]) -> in
         return sum(tensors[name].nbytes for name in names)
     count = sum(table.rows * table.columns for table in structure.tables)
     count += sum(vector.size for vector in structure.vectors)
-    count += sum(
-        item.out_features * (item.in_features + bool(item.bias))
-        for item in structure.linears
-        if not (item.role == "head" and structure.tied)
-    )
+    for linear in structure.linears:
+        own = 0 if linear.role == "head" and structure.tied else linear.in_features
+        count += linear.out_features * (own + bool(linear.bias))
     return 2 * count
