@@ -27,7 +27,10 @@ from compress.plan import Plan
 def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     """Undo every change in the graph; returns how many values were rescaled. Nothing where nothing was changed."""
     encoder = plan.structure
-    if not isinstance(encoder, Encoder) or not any(scale_name(item.name) in plan.by_name for item in encoder.junctions):
+    if not isinstance(encoder, Encoder):
+        return 0
+    scaled = {item.name for item in (*encoder.junctions, *encoder.linears) if scale_name(item.name) in plan.by_name}
+    if not scaled:
         return 0
     places = {
         linear.name: [matmul for name in linear.graph_weights for matmul in _matmuls(weights, name)]
@@ -35,7 +38,7 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     }
     count = sum(_junction(weights, plan, junction, places) for junction in encoder.junctions)
     for linear in encoder.linears:
-        if scale_name(linear.name) in plan.by_name and linear.role == "down":
+        if linear.name in scaled and linear.role == "down":
             scale = weights.value(plan.by_name[scale_name(linear.name)].stored[0])
             for matmul in places[linear.name]:
                 inner = matmul.inputs[0]
