@@ -24,6 +24,7 @@ from compress.profile import load_profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint
+from stored_weights import Arrays, Stored
 from tiny_models import FAMILIES
 
 TABLE = "quantize.roles.embedding"
@@ -36,7 +37,6 @@ VARIANTS = {
     "int8": ("arm-int4", "quantize.bits=8", "quantize.scale_format=float16"),
     "int2": ("arm-int4", "quantize.bits=2", f"{TABLE}.block_size=64"),
 }
-Arrays = dict[str, np.ndarray]
 Calibrate = Callable[[threading.Event], weights.Calibration]
 
 
@@ -86,50 +86,6 @@ def pytorch_weights(directory: Path) -> Arrays:
         if not model.config.tie_word_embeddings:
             found["lm_head"] = model.lm_head.weight
     return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in found.items()}
-
-
-def unpack_slowly(row: bytes, bits: int, count: int) -> list[int]:
-    """Return ``count`` codes, the first in the lowest bits: the row is one little-endian number."""
-    number = int.from_bytes(row, "little")
-    return [(number >> (bits * index)) & ((1 << bits) - 1) for index in range(count)]
-
-
-class Stored:
-    """The arrays of a plan as they lie in the file, or in the graph."""
-
-    def __init__(self, plan: Plan, data: bytes, inline: Arrays) -> None:
-        self.plan, self._data, self._inline = plan, data, inline
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        stored = next(item for fate in self.plan.fates for item in fate.stored if item.name == name)
-        if stored.offset is None:
-            return np.asarray(self._inline[name])
-        count = stored.nbytes // np.dtype(stored.dtype).itemsize
-        return np.frombuffer(self._data, stored.dtype, count, stored.offset).reshape(stored.shape)
-
-    def scales(self, fate: Fate) -> np.ndarray:
-        scales = self[f"{fate.name}.scales"].astype(np.float64)
-        return scales * self[f"{fate.name}.row_scales"] if scales_are_int8(self.plan) else scales
-
-    def codes(self, fate: Fate) -> np.ndarray:
-        assert fate.scheme is not None
-        packed = self[f"{fate.name}.codes"]
-        bits = fate.scheme.bits
-        rows = [unpack_slowly(row.tobytes(), bits, fate.columns) for row in packed.reshape(fate.rows, -1)]
-        return np.array(rows)
-
-    def zero_points(self, fate: Fate) -> np.ndarray:
-        assert fate.scheme is not None
-        scheme = fate.scheme
-        blocks = -(-fate.columns // scheme.block_size)
-        if scheme.symmetric:
-            return np.full((fate.rows, blocks), 1 << (scheme.bits - 1))
-        rows = self[f"{fate.name}.zero_points"].reshape(fate.rows, -1)
-        return np.array([unpack_slowly(row.tobytes(), scheme.bits, blocks) for row in rows])
-
-
-def scales_are_int8(plan: Plan) -> bool:
-    return plan.scale_format == "int8"
 
 
 # ---------------------------------------------------------------------------------------------------------- fixtures
@@ -358,7 +314,7 @@ def test_the_first_error_stops_the_rest(
     monkeypatch.setattr(weights, "CHUNK_WEIGHTS", 256)
     with open_checkpoint(str(model)) as checkpoint:
         plan = plan_of(checkpoint, "arm-int4")
-        tasks = len(list(weights._tasks(plan)))
+        tasks = len(list(weights._tasks(plan, None)))
         read: list[str] = []
         original = checkpoint.read
         monkeypatch.setattr(checkpoint, "read", lambda name, *rows: (read.append(name), original(name, *rows))[1])
