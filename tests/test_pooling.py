@@ -1,4 +1,4 @@
-"""What an embedding is: the profile's word, else the sentence-transformers directory's, else the mean of unit length."""
+"""What an embedding is: the profile's word, else the sentence-transformers files', else the mean of unit length."""
 
 from __future__ import annotations
 

@@ -81,11 +81,14 @@ def test_stored_bytes(name: str, variant: str, tiny_model: Callable[[str], Path]
         assert np.sum((restored - weight) ** 2) / power < {8: 1e-4, 4: 0.02}[fate.scheme.bits], fate.name
         # Negative control: the rows of a neighbour.
         assert np.sum((np.roll(restored, 1, axis=0) - weight) ** 2) / power > 0.5, fate.name
-    assert seen == {
-        "float": {"table", "matmul", "vector"},
-        "int8": {"none", "dynamic", "vector", *(() if name.startswith("distil") else ("table",))},
-        "int4": {"none", "vector", "table"},
-    }[variant]
+    assert (
+        seen
+        == {
+            "float": {"table", "matmul", "vector"},
+            "int8": {"none", "dynamic", "vector", *(() if name.startswith("distil") else ("table",))},
+            "int4": {"none", "vector", "table"},
+        }[variant]
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

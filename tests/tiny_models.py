@@ -153,6 +153,7 @@ def build_wordpiece_tokenizer(directory: Path, vocabulary: int = VOCABULARY, lon
     Single characters, their continuations, then the most frequent words of a text that ships with Python.
     """
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

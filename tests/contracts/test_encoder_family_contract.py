@@ -144,7 +144,9 @@ def test_old_checkpoints_call_a_norms_parts_gamma_and_beta(name: str, read: Call
     def old(key: str) -> str:
         if key not in norms:
             return key
-        return key.removesuffix(".weight") + ".gamma" if key.endswith(".weight") else key.removesuffix(".bias") + ".beta"
+        return (
+            key.removesuffix(".weight") + ".gamma" if key.endswith(".weight") else key.removesuffix(".bias") + ".beta"
+        )
 
     found = describe(config, renamed(tensors, old))
     assert {vector.source.tensor for vector in found.vectors} == {old(key) for key in norms}
@@ -206,9 +208,7 @@ def test_a_head_without_labels_is_refused_unless_it_is_transformers_default(
 
 @pytest.mark.parametrize("task", [task for task in TASK_SUFFIXES if task != "embedding"])
 @pytest.mark.parametrize("family", ENCODER_STEMS)
-def test_a_checkpoint_without_the_tasks_head_is_refused(
-    family: str, task: str, read: Callable[[str], Model]
-) -> None:
+def test_a_checkpoint_without_the_tasks_head_is_refused(family: str, task: str, read: Callable[[str], Model]) -> None:
     _, base = read(f"{family}:embedding")
     config, tensors = read(f"{family}:{task}")
     assert describe(config, tensors).task == task

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from prepared import Prepare, Prepared, prepared
+
 from tiny_models import Skeletons
 
 

@@ -1,4 +1,4 @@
-"""The float profile computes what PyTorch computes, for every encoder family and task, at shapes of the user's choice."""
+"""The float profile computes what PyTorch computes, for every encoder family and task, at shapes of any size."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_the_graph_file_is_valid_onnx(name: str, tiny_artifact: Callable[..., Pa
         onnx.checker.check_model(broken)
 
 
-# ------------------------------------------------------------------------------------------------ what must (not) matter
+# ----------------------------------------------------------------------------------------------- what must (not) matter
 
 
 def test_what_lies_under_padding_does_not_matter(name: str, tiny_artifact: Callable[..., Path]) -> None:
@@ -194,7 +194,7 @@ def test_two_swapped_rows_of_one_weight_break_the_tolerance(
 # ---------------------------------------------------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize("fusions", ['[]', '["skip_norm"]', '["attention", "gelu", "skip_norm"]'])
+@pytest.mark.parametrize("fusions", ["[]", '["skip_norm"]', '["attention", "gelu", "skip_norm"]'])
 def test_every_choice_of_fusions_computes_the_same(
     fusions: str, tiny_artifact: Callable[..., Path], reference: Callable[[str], Answer]
 ) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 import pytest
+from prepared import Prepare, operators
 
 from compress.errors import CompressError, UsageError
 from compress.graph.rules import attention
 from compress.profile import load_profile
-from prepared import Prepare, operators
 from tiny_models import ENCODER_STEMS, ENCODERS, PLAIN_INT8
 
 LAYERS = 3

@@ -138,5 +138,3 @@ def test_sums_of_neighbours_fit_into_sixteen_bits(tiny_artifact: Callable[..., P
         assert most > 127 * 255, "the codes use their range"
         seen += 1
     assert seen == 12
-
-

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
+from prepared import Prepare, operators
 
 from compress.errors import CompressError
 from compress.graph.decoder import OPSET
 from compress.graph.rules import logits_to_keep, long_rope
-from prepared import Prepare, operators
 from tiny_models import FAMILIES, LONG_ROPE_SWITCH
 
 LAYERS, HEAD = 3, 1

@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from prepared import operators
 
 from compress.graph.rules import gelu, gemm, skip_norm
-from prepared import operators
 
 EXACT = """<ir_version: 8, opset_import: ["" : 18]>
 g (float[N, 4] x) => (float[N, 4] y) <float two = {{{two}}}, float one = {{{one}}}, float half = {{{half}}}> {{
@@ -143,7 +143,9 @@ def test_gemm(attributes: str, fires: int) -> None:
 
 
 def test_a_gemm_of_two_computed_values_is_left_alone() -> None:
-    text = GEMM.format(attributes="transB = 1").replace("y = Gemm", "v = Neg(w)\n    y = Gemm").replace("(x, w", "(x, v")
+    text = (
+        GEMM.format(attributes="transB = 1").replace("y = Gemm", "v = Neg(w)\n    y = Gemm").replace("(x, w", "(x, v")
+    )
     check(text, gemm.apply, 0)
 
 

@@ -198,3 +198,42 @@ def test_a_tied_table_is_gathered_from_the_bytes_of_the_head(dequantize: Any) ->
     expected = dequantize(rows, scheme, 96)[wanted]
     assert actual.shape == (2, 2, 3, 32)
     assert np.abs(actual.reshape(2, 2, 96) - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+# ------------------------------------------------------------------------------------------------------ a scale a row
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [16, 40, 312])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_table_of_whole_rows_is_gathered(bits: int, columns: int, symmetric: bool, dequantize: Any) -> None:
+    """Block size 0: the operator is told a block that covers the row, and reads the one scale there is."""
+    scheme = Scheme(bits, 0, symmetric)
+    random = np.random.default_rng(columns)
+    codes = random_codes(11, columns, bits)
+    scales = random.normal(size=(11, 1)).astype(np.float32)
+    zeros = None if symmetric else random_codes(11, 1, bits)
+    packed = packing.pack_table(codes, scheme, columns)
+    assert packed.nbytes == packing.table_bytes(11, columns, scheme)
+    assert np.array_equal(packing.unpack_table(packed, scheme, columns), codes)
+    tensors: dict[str, npt.NDArray[Any]] = {"s": scales}
+    if zeros is not None:
+        tensors["z"] = packing.pack_zero_points(zeros, scheme)
+    covering = max(16, 1 << (columns - 1).bit_length())
+    node = helper.make_node(
+        "GatherBlockQuantized",
+        ["t", "i", *tensors],
+        ["y"],
+        domain="com.microsoft",
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=covering,
+        bits=bits,
+    )
+    wanted = np.array([[10, 0, 3]], np.int64)
+    actual = run(node, {"t": packed} | tensors, {"i": wanted})
+    middle = np.full((11, 1), 1 << (bits - 1)) if zeros is None else zeros.astype(int)
+    expected = ((codes.astype(int) - middle) * scales)[wanted]
+    assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="do not match"):
+        packing.pack_table(codes[:, 1:], scheme, columns)

@@ -315,3 +315,21 @@ def test_no_worse_than_onnxruntimes_k_quant(dequantize: Dequantize) -> None:
     assert squared_error(weight, theirs) < 0.02 * float((weight.astype(np.float64) ** 2).sum())  # read correctly
     ours = squared_error(weight, dequantize(quantizer.quantize(weight, scheme), scheme, 512))
     assert ours <= squared_error(weight, theirs)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [40, 256, 312, 1000])
+def test_a_block_may_be_a_whole_row(bits: int, symmetric: bool, columns: int) -> None:
+    """Block size 0 is one block of the row's width; it is never better than smaller ones, and near the best scale."""
+    weight = np.random.default_rng(columns).normal(0, 0.05, (6, columns)).astype(np.float32)
+    scheme = Scheme(bits, 0, symmetric)
+    result = quantizer.quantize(weight, scheme)
+    assert result.codes.shape == (6, columns) and result.scales.shape == (6, 1)
+    zero = 1 << (bits - 1) if result.zero_points is None else result.zero_points.astype(np.float64)
+    restored = (result.codes.astype(np.float64) - zero) * result.scales
+    whole = Scheme(bits, columns, symmetric)
+    best = exhaustive_error(weight, whole)
+    found = squared_error(weight, restored)
+    assert found <= 1.1 * best
+    assert np.array_equal(quantizer.quantize(weight[2:4], scheme).codes, result.codes[2:4])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.contracts import Scheme
+from compress.contracts import Activations, Scheme
 from compress.errors import UsageError
 from compress.quantize import load_quantizer, quantizers
 from compress.quantize.finite import first_nonfinite
@@ -35,6 +35,37 @@ def test_impossible_schemes_name_the_fix(scheme: Scheme, message: str, fix: str)
         validate_scheme(scheme, where="quantize.linear")
     assert caught.value.hint == fix
     assert "quantize.linear" in caught.value.render()
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_integer_products_take_seven_or_eight_bits(bits: int, activations: Activations) -> None:
+    validate_scheme(Scheme(bits, 0, symmetric=True, activations=activations))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Scheme(4, 0, symmetric=True, activations="dynamic"), "7- or 8-bit weights, not 4"),
+        (Scheme(32, 0, symmetric=True, activations="static"), "7- or 8-bit weights, not 32"),
+        (Scheme(8, 32, symmetric=True, activations="dynamic"), "one scale an output channel"),
+        (Scheme(8, 0, symmetric=False, activations="dynamic"), "one scale an output channel"),
+    ],
+)
+def test_impossible_integer_products_name_the_fix(scheme: Scheme, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        validate_scheme(scheme, where="role up")
+    assert caught.value.hint and "role up" in caught.value.render()
+
+
+def test_a_scale_a_row_is_for_what_is_looked_up() -> None:
+    rows = Scheme(8, 0, symmetric=True)
+    validate_scheme(rows, whole_rows=True)
+    assert rows.blocks(312) == 1
+    with pytest.raises(UsageError, match="block size 0"):
+        validate_scheme(rows)
+    with pytest.raises(UsageError, match="7-bit"):
+        validate_scheme(Scheme(7, 0, symmetric=True), whole_rows=True)
 
 
 def test_quantizers_are_found_by_name() -> None:
