@@ -65,10 +65,11 @@ class Adjustment:
             second: float32 ``[K, K]``, of the source's inputs.
             mean: float32 ``[K]``, likewise.
         """
-        changed = second
+        changed = second.astype(np.float64)  # sums of large numbers that nearly cancel
         if self.shift is not None:
-            cross = np.outer(mean, self.shift)
-            changed = changed - cross - cross.T + np.outer(self.shift, self.shift)
+            shift = self.shift.astype(np.float64)
+            cross = np.outer(mean, shift)
+            changed = changed - cross - cross.T + np.outer(shift, shift)
         columns = np.arange(len(mean)) if self.columns is None else self.columns
         changed = changed[np.ix_(columns, columns)]
         if self.column_scale is not None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from compress.allocator import keep_buffers
 from compress.calibrate.smoothing import Smoothing, changed_rows, changes
@@ -100,6 +101,8 @@ def write_weights(
     for name, array in (smoothing.constants if smoothing is not None else {}).items():
         stream.store_constant(plan.by_name[name].stored[0], array)
     with (
+        # One BLAS thread, for all of them together: the order of its sums must not depend on the machine's cores.
+        threadpool_limits(limits=1, user_api="blas"),
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibrate") as ahead,
         ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quantize") as pool,
     ):

@@ -43,7 +43,9 @@ def choose_range(histogram: npt.NDArray[np.int64], low: float, high: float, meth
 
 def scale_and_zero_point(low: float, high: float) -> tuple[np.float32, np.uint8]:
     """Return scale and zero point of unsigned bytes for a range that contains 0."""
-    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+    scale = np.float32((high - low) / 255)
+    if not scale > 0:  # nothing but zeros, or what float32 has no scale for
+        return np.float32(1), np.uint8(0)
     return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from compress.contracts import FloatArray, QuantizedRows, ScaleFormat, Scheme
 from compress.quantize.integer import PAIR_LIMIT, SignedArray, quantize_channels, unsigned
 from compress.quantize.round_to_nearest import RoundToNearest
+from compress.quantize.scheme import validate_scheme
 
 DAMPING = 0.5
 _BLOCK = 64
@@ -39,9 +40,14 @@ class Gptq:
         scale_format: ScaleFormat = "float32",
         moments: FloatArray | None = None,
     ) -> QuantizedRows:
-        """Quantize ``weight`` float32 ``[rows, columns]``; see :class:`compress.contracts.Quantizer`."""
+        """Quantize ``weight`` float32 ``[rows, columns]``; see :class:`compress.contracts.Quantizer`.
+
+        The bytes are the same for any number of BLAS threads only if the caller allows one
+        (:func:`compress.weights.write_weights` does).
+        """
         if moments is None or scheme.activations == "none":
             return self._nearest.quantize(weight, scheme, importance, scale_format=scale_format)
+        validate_scheme(scheme)
         _, scales = quantize_channels(weight, scheme.bits, np.ascontiguousarray(np.diagonal(moments)))
         return unsigned(compensated(weight, scales, moments, scheme.bits), scales, scheme.bits)
 

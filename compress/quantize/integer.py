@@ -26,6 +26,8 @@ _LARGEST: dict[int, tuple[float, ...]] = {
     7: (63.0, 65.0, 67.0, 70.0),
 }
 _CHUNK = 1 << 18
+#: Rows without a greater magnitude count as zeros: the reciprocal of their scale would overflow float32.
+_NEGLIGIBLE = np.float32(1e-36)
 
 
 def quantize_channels(
@@ -39,7 +41,7 @@ def quantize_channels(
         importance: float32 ``[K]``, not negative: how much an input channel's error counts.
 
     Returns:
-        int8 codes ``[N, K]`` and float32 scales ``[N]``; a row of zeros has scale 0.
+        int8 codes ``[N, K]`` and float32 scales ``[N]``; a row of zeros (below 1e-36 throughout) has scale 0.
 
     Raises:
         KeyError: ``bits`` is neither.
@@ -47,7 +49,9 @@ def quantize_channels(
     rows, columns = weight.shape
     codes, scales = np.zeros((rows, columns), np.int8), np.zeros(rows, np.float32)
     step = max(1, _CHUNK // max(columns, 1))
-    weights = None if importance is None else importance.astype(np.float32)
+    weights = None
+    if importance is not None:
+        weights = (importance / max(float(importance.max(initial=0)), 1e-30)).astype(np.float32)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         codes[part], scales[part] = _search(weight[part], _LARGEST[bits], float((1 << (bits - 1)) - 1), weights)
@@ -80,16 +84,23 @@ def _search(
     weight: FloatArray, candidates: tuple[float, ...], top: float, importance: FloatArray | None
 ) -> tuple[SignedArray, FloatArray]:
     largest = np.abs(weight).max(axis=1, initial=0).astype(np.float32)
+    largest[largest < _NEGLIGIBLE] = 0
     best = np.full(len(weight), np.inf, np.float32)
     codes, scales = np.zeros(weight.shape, np.int8), np.zeros(len(weight), np.float32)
+    exact, trial = np.empty_like(weight), np.empty_like(weight)
     for candidate in candidates:
         scale = largest / np.float32(candidate)
-        trial = np.divide(weight, scale[:, None], out=np.zeros_like(weight), where=scale[:, None] > 0)
-        np.rint(trial, out=trial)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        np.multiply(weight, inverse[:, None], out=exact)
+        np.rint(exact, out=trial)
         np.clip(trial, -top, top, out=trial)
         bring_pairs_back(trial)
-        error = np.square(weight - trial * scale[:, None])
-        loss = error.sum(axis=1) if importance is None else error @ importance
+        # In units of the largest weight: huge and tiny rows meet the same arithmetic. No BLAS: its sums depend on
+        # threads.
+        error = np.square(np.subtract(exact, trial, out=exact), out=exact)
+        if importance is not None:
+            error *= importance
+        loss = error.sum(axis=1) / np.float32(candidate * candidate)
         better = loss < best
         best[better], scales[better] = loss[better], scale[better]
         codes[better] = trial[better].astype(np.int8)

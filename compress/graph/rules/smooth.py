@@ -29,7 +29,8 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     encoder = plan.structure
     if not isinstance(encoder, Encoder):
         return 0
-    scaled = {item.name for item in (*encoder.junctions, *encoder.linears) if scale_name(item.name) in plan.by_name}
+    names = [item.name for item in encoder.junctions] + [item.name for item in encoder.linears]
+    scaled = {name for name in names if scale_name(name) in plan.by_name}
     if not scaled:
         return 0
     places = {
