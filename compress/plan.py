@@ -162,6 +162,8 @@ def make_plan(
     Raises:
         UsageError: A scheme that cannot be, or that the profile's provider cannot run.
     """
+    if isinstance(structure, Decoder):
+        profile = profile.model_copy(update={"quantize": profile.quantize.for_decoders()})
     layout = _Layout()
     fates = [_plan_table(table, structure, profile, layout) for table in structure.tables]
     tied = any(fate.tied for fate in fates)

@@ -41,7 +41,8 @@ class Quantize(_Strict):
 
     ``activations`` makes integer products of linears: their weights have one scale an output channel then, whatever
     ``block_size`` says. Embedding tables and the head keep their inputs in float32 unless their role says otherwise.
-    Position tables stay float32 unless ``roles.position`` says otherwise. ``smoothing`` (encoders with integer
+    Position tables stay float32 unless ``roles.position`` says otherwise. ``decoder_roles`` changes roles of models that
+    write text, so that one profile serves both kinds. ``smoothing`` (encoders with integer
     products) tames outlier channels by what calibration texts show; see :mod:`compress.calibrate.smoothing`.
     ``max_layer_loss`` keeps a linear in float32 that alone changes more than this share of the outputs' variance, as
     measured (:mod:`compress.calibrate.sensitivity`). ``input_range`` chooses the ranges of ``activations = "static"``.
@@ -59,6 +60,15 @@ class Quantize(_Strict):
     max_layer_loss: float | None = Field(default=None, gt=0)
     input_range: Literal["percentile", "entropy", "minmax"] = "percentile"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
+    decoder_roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
+
+    def for_decoders(self) -> Quantize:
+        """Return the same with ``decoder_roles`` laid over ``roles``, key by key."""
+        merged = dict(self.roles)
+        for role, change in self.decoder_roles.items():
+            given = change.model_dump(exclude_none=True)
+            merged[role] = merged.get(role, SchemeOverride()).model_copy(update=given)
+        return self.model_copy(update={"roles": merged, "decoder_roles": {}})
 
     def scheme(self, role: Role) -> Scheme | None:
         """Return the scheme of a role, ``None`` where it stays float32."""

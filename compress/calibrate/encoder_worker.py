@@ -35,8 +35,8 @@ from compress.validate.encoded import Batch, Encoded, unpadded_batches
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 
 BATCH = 8
-#: Texts that losses are measured on: batches whose length is nearest to this.
-LOSS_LENGTH, LOSS_BATCHES = 40, 8
+#: What losses are measured on, once for every linear: texts of nearly this length, so many tokens of them.
+LOSS_LENGTH, LOSS_TOKENS = 40, 768
 
 Progress = Callable[[float], None]
 
@@ -165,7 +165,10 @@ def _open(request: Json) -> tuple[_Run, Encoder]:
 
 def _losses(run: _Run, changes: Mapping[str, Adjustment], bits: Mapping[str, int], job: Path) -> dict[str, float]:
     """Measure each linear's loss on a few batches of medium length."""
-    middle = sorted(run.batches, key=lambda batch: abs(batch.ids.shape[1] - LOSS_LENGTH))[:LOSS_BATCHES]
+    middle: list[Batch] = []
+    for batch in sorted(run.batches, key=lambda batch: abs(batch.ids.shape[1] - LOSS_LENGTH)):
+        if sum(taken.ids.size for taken in middle) < LOSS_TOKENS:
+            middle.append(batch)
 
     def outputs() -> npt.NDArray[np.float32]:
         return np.concatenate([run.reference.rows(batch) for batch in middle])
