@@ -32,7 +32,7 @@ def pair_sums(codes: npt.NDArray[np.int8]) -> Ints:
 
 
 def maddubs(inputs: Ints, codes: Ints) -> Ints:
-    """Return ``inputs [T, K] x codes [N, K]`` as AVX2 does without VNNI: pairs are added in 16 bits, with saturation."""
+    """Return ``inputs [T, K] x codes [N, K]`` as AVX2 alone does: pairs are added in 16 bits, and clipped."""
     if inputs.shape[1] % 2:
         inputs, codes = np.pad(inputs, ((0, 0), (0, 1))), np.pad(codes, ((0, 0), (0, 1)))
     pairs = inputs[:, None, 0::2] * codes[None, :, 0::2] + inputs[:, None, 1::2] * codes[None, :, 1::2]
