@@ -41,8 +41,8 @@ class Quantize(_Strict):
 
     ``activations`` makes integer products of linears: their weights have one scale an output channel then, whatever
     ``block_size`` says. Embedding tables and the head keep their inputs in float32 unless their role says otherwise.
-    Position tables stay float32 unless ``roles.position`` says otherwise. ``decoder_roles`` changes roles of models that
-    write text, so that one profile serves both kinds. ``smoothing`` (encoders with integer
+    Position tables stay float32 unless ``roles.position`` says otherwise. ``decoder_roles`` changes roles of models
+    that write text, so that one profile serves both kinds. ``smoothing`` (encoders with integer
     products) tames outlier channels by what calibration texts show; see :mod:`compress.calibrate.smoothing`.
     ``max_layer_loss`` keeps a linear in float32 that alone changes more than this share of the outputs' variance, as
     measured (:mod:`compress.calibrate.sensitivity`). ``input_range`` chooses the ranges of ``activations = "static"``.
