@@ -91,6 +91,11 @@ def _profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+_calibration_option = click.option(
+    "--calibration-text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text that a profile which calibrates runs the model on; default embedded, disjoint from --eval-text's.",
+)
 _labels_option = click.option(
     "--eval-labels",
     type=click.Path(path_type=Path),
@@ -117,6 +122,7 @@ def _print_json(document: Any) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE."
 )
+@_calibration_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @_labels_option
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
@@ -130,6 +136,7 @@ def export(
     profile: str,
     overrides: tuple[str, ...],
     output: Path | None,
+    calibration_text: Path | None,
     eval_text: Path | None,
     eval_labels: Path | None,
     max_memory: str | None,
@@ -150,6 +157,7 @@ def export(
     recipe = load_profile(profile, overrides)
     output = output or Path("artifacts") / f"{_short(model)}-{recipe.name}"
     options = pipeline.ExportOptions(
+        calibration_text=calibration_text,
         eval_text=eval_text,
         eval_labels=eval_labels,
         max_memory=parse_size(max_memory) if max_memory is not None else None,

@@ -31,6 +31,7 @@ from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import load_task, task_of
 from compress.validate import text
+from compress.validate.labels import read_examples
 from compress.validate.protocol import CheckpointSpec
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def export(
             require_tokenizer(checkpoint)
             structure = describe(checkpoint)
             task = task_of(checkpoint.config).name
-            check_labels(structure, options)
+            check_labels(structure, checkpoint.config, options)
             for target in _targets(profile):
                 if target.applies(structure):
                     target.check(checkpoint)  # what is damaged is found out now, not after the weights
@@ -249,17 +250,20 @@ def build(
     return Built(graph.fired, record)
 
 
-def check_labels(structure: Structure, options: ExportOptions) -> None:
-    """Refuse labelled examples for a model that gives none, before work starts.
+def check_labels(structure: Structure, config: Mapping[str, Any], options: ExportOptions) -> None:
+    """Refuse labelled examples that cannot be read or are not this model's, before work starts.
 
     Raises:
-        UsageError: The model writes text.
+        UsageError: The model writes text, or the file is not what its task needs: with the line's number.
     """
-    if options.eval_labels is not None and not isinstance(structure, Encoder):
+    if options.eval_labels is None:
+        return
+    if not isinstance(structure, Encoder):
         raise UsageError(
             "labelled examples are for models with a task's head; this one writes text",
             hint="leave --eval-labels out; --eval-text measures its drift",
         )
+    read_examples(options.eval_labels, structure.task, config)
 
 
 def _encoder_task(plan: Plan) -> str:

@@ -155,7 +155,7 @@ def validate_artifact(
     with model.open() as checkpoint:
         _check_same(checkpoint, record)
         structure = pipeline.describe(checkpoint)
-        pipeline.check_labels(structure, options)
+        pipeline.check_labels(structure, checkpoint.config, options)
         plan = make_plan(structure, profile, checkpoint)
         made = prove(
             model,

@@ -42,11 +42,12 @@ class Prediction:
     graph: int
     weights: int
     validation: int
+    calibration: int = 0
 
     @property
     def export(self) -> int:
-        """Return the peak without validation: the skeleton's worker runs beside the weights."""
-        return self.graph + self.weights
+        """Return the peak without validation: the skeleton's worker runs beside calibration and weights."""
+        return self.graph + max(self.weights, self.calibration)
 
 
 def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
@@ -57,7 +58,32 @@ def predict(plan: Plan, profile: Profile, threads: int) -> Prediction:
     # One thread more than quantize: the random-token pass reads rows just ahead of them.
     skeleton = _ENCODER_SKELETON if isinstance(plan.structure, Encoder) else _SKELETON
     weights = _MAIN + 2 * rope_bytes + (threads + 1) * max(_task_bytes(fate) for fate in plan.fates)
-    return Prediction(graph=skeleton + 4 * rope_bytes, weights=weights, validation=_validation_bytes(plan, profile))
+    weights += threads * _compensation_bytes(plan, profile)
+    return Prediction(
+        graph=skeleton + 4 * rope_bytes,
+        weights=weights,
+        validation=_validation_bytes(plan, profile),
+        calibration=_calibration_bytes(plan, profile),
+    )
+
+
+def _compensation_bytes(plan: Plan, profile: Profile) -> int:
+    """GPTQ holds a linear's second moments a few times over in float64: as read, damped, inverted, factored."""
+    from compress.calibrate.encoder import wanted
+
+    if profile.quantize.algorithm != "gptq" or not wanted(plan, profile):
+        return 0
+    return int(max(linear.in_features**2 for linear in plan.structure.linears) * 2 * _FLOAT * 4)
+
+
+def _calibration_bytes(plan: Plan, profile: Profile) -> int:
+    """The worker holds an encoder's float32 weights, for a moment twice, and the moments of its linears' inputs."""
+    from compress.calibrate.encoder import wanted
+
+    if not wanted(plan, profile):
+        return 0
+    moments = sum(linear.in_features**2 for linear in plan.structure.linears)
+    return _MAIN + _REFERENCE + int(2.2 * _FLOAT * plan.weight_count) + _FLOAT * moments + 64 * _MB
 
 
 def _task_bytes(fate: Fate) -> int:

@@ -33,6 +33,7 @@ def plan_document(plan: Plan, profile: Profile, checkpoint: Checkpoint, threads:
         "predicted_peak_memory": {
             "graph": prediction.graph,
             "weights": prediction.weights,
+            "calibration": prediction.calibration,
             "export": prediction.export,
             "validation": prediction.validation,
         },

@@ -64,13 +64,18 @@ class Labels:
 
 
 def read_labels(path: Path, artifact: Artifact) -> Labels:
-    """Read and check a labels file for a model's task.
+    """Read and check a labels file for an artifact; see :func:`read_examples`."""
+    return read_examples(path, artifact.task, artifact.config)
+
+
+def read_examples(path: Path, task: str, config: Mapping[str, Any]) -> Labels:
+    """Read and check a labels file for a model's task, of which only the config is needed.
 
     Raises:
         UsageError: With the line's number, what is wrong, and what would be right.
     """
-    _check_task(path, artifact)
-    names = label_names(artifact.config)
+    _check_task(path, task, config)
+    names = label_names(config)
     kind: Kind | None = None
     examples: list[Example] = []
     groups: dict[str, int] = {}
@@ -78,12 +83,12 @@ def read_labels(path: Path, artifact: Artifact) -> Labels:
     for number, line in _lines(path):
         digest.update(line)
         record = _record(path, number, line)
-        found = _kind_of(path, number, record, artifact, kind, names)
+        found = _kind_of(path, number, record, task, kind, names)
         if kind is not None and found != kind:
             _refuse(path, number, "this line has another form than the lines before", "give all lines the same fields")
         kind = found
         if kind == "score":
-            examples.append(_scored(path, number, record, pair=artifact.task == "embedding"))
+            examples.append(_scored(path, number, record, pair=task == "embedding"))
         else:
             examples.append(_labelled(path, number, record, kind, names, groups))
         if len(examples) > MAX_EXAMPLES:
@@ -96,12 +101,12 @@ def read_labels(path: Path, artifact: Artifact) -> Labels:
     return Labels(path.name, digest.hexdigest(), kind, tuple(examples))
 
 
-def _check_task(path: Path, artifact: Artifact) -> None:
+def _check_task(path: Path, task: str, config: Mapping[str, Any]) -> None:
     """Refuse what has no metric here; better than a number that means something else."""
     what = None
-    if artifact.task not in ("embedding", "text-classification"):
-        what = f"labelled examples of {artifact.task} are not evaluated"
-    elif artifact.task == "text-classification" and artifact.config.get("problem_type") == "multi_label_classification":
+    if task not in ("embedding", "text-classification"):
+        what = f"labelled examples of {task} are not evaluated"
+    elif task == "text-classification" and config.get("problem_type") == "multi_label_classification":
         what = "labelled examples of a model that gives a text several labels are not evaluated"
     if what is not None:
         raise UsageError(what, where=str(path), hint="leave out --eval-labels; drift is measured without labels")
@@ -156,11 +161,11 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _kind_of(
-    path: Path, number: int, record: Mapping[str, Any], artifact: Artifact, kind: Kind | None, names: list[str] | None
+    path: Path, number: int, record: Mapping[str, Any], task: str, kind: Kind | None, names: list[str] | None
 ) -> Kind:
     """Return what a line's truth is, from the task and the fields it has."""
     scored = "score" in record or "text_a" in record or "text_b" in record
-    if artifact.task == "embedding":
+    if task == "embedding":
         return "score" if scored or (kind == "score" and "label" not in record) else "neighbour"
     if names is not None and len(names) == 1:
         return "score"
