@@ -273,8 +273,12 @@ def validate(
 @click.option(
     "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
 )
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt (decoders)."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate (decoders)."
+)
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured runs.")
 @_threads_option
 @_json_option
@@ -287,7 +291,10 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> int:
-    """Time an ARTIFACT: load, prefill, decode and peak memory; medians over the repeats."""
+    """Time an ARTIFACT: load, prefill, decode and peak memory; medians over the repeats.
+
+    An encoder is timed at the lengths and batches that its profile's validation.lengths and validation.batches say.
+    """
     from compress import proof
     from compress.show import bench_text
 
@@ -315,7 +322,7 @@ def bench(
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @_threads_option
 def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
-    """Try an ARTIFACT: complete PROMPT greedily, printed as it comes."""
+    """Try a decoder's ARTIFACT: complete PROMPT greedily, printed as it comes."""
     from compress.generate import stream
 
     for piece in stream(artifact, prompt, new_tokens=new_tokens, chat=not raw, threads=threads):

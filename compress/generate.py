@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from compress import providers
-from compress.errors import CompressError
-from compress.validate.artifact import open_artifact
+from compress.errors import CompressError, UsageError
+from compress.validate.artifact import DECODING, open_artifact
 from compress.validate.decoding import CachedDecoder
 
 
@@ -27,9 +27,12 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
         threads: Intra-op threads; ``None`` for all cores.
 
     Raises:
+        UsageError: The artifact is an encoder.
         CompressError: The artifact or its tokenizer cannot be read, or the prompt does not fit the context.
     """
     opened = open_artifact(artifact)
+    if opened.task != DECODING:
+        raise _no_writer(artifact, opened.task)
     tokenizer = _tokenizer(artifact)
     ids = _encode(tokenizer, prompt, chat)
     if not ids:
@@ -56,6 +59,19 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
             yield text[len(shown) :]
             shown = text
         feed = np.array([[token]], np.int64)
+
+
+def _no_writer(artifact: Path, task: str) -> UsageError:
+    """Return what to say of an encoder: its graph is run once a text, and where the answer then is."""
+    from compress.show import inspect_document
+
+    document = inspect_document(artifact)
+    inputs, outputs = (", ".join(item["name"] for item in document[kind]) for kind in ("inputs", "outputs"))
+    return UsageError(
+        f"this artifact is an encoder ({task}): it reads text and writes none",
+        where=str(artifact),
+        hint=f"onnxruntime.InferenceSession on its model.onnx: inputs {inputs}; outputs {outputs}",
+    )
 
 
 def _tokenizer(artifact: Path) -> Any:

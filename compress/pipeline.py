@@ -29,7 +29,7 @@ from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
-from compress.tasks import load_task, task_of
+from compress.tasks import load_task
 from compress.validate import text
 from compress.validate.labels import read_examples
 from compress.validate.protocol import CheckpointSpec
@@ -135,17 +135,20 @@ def export(
     _targets(profile)
     if options.validate and options.eval_text is not None:
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
+    if options.calibration_text is not None:
+        text.from_file(options.calibration_text, profile.validation.tokens)
     with model.open() as checkpoint:
         with stages.stage("plan"):
             require_tokenizer(checkpoint)
             structure = describe(checkpoint)
-            task = task_of(checkpoint.config).name
+            task = structure.task if isinstance(structure, Encoder) else "text-generation"
             check_labels(structure, checkpoint.config, options)
             for target in _targets(profile):
                 if target.applies(structure):
                     target.check(checkpoint)  # what is damaged is found out now, not after the weights
             pool = pooling.resolve(structure, profile, checkpoint)
             plan = make_plan(structure, profile, checkpoint)
+            check_calibration(plan, profile, options)
             resources.check(plan, profile, options)
             require_space(output, plan.predicted_bytes)
         with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
@@ -264,6 +267,22 @@ def check_labels(structure: Structure, config: Mapping[str, Any], options: Expor
             hint="leave --eval-labels out; --eval-text measures its drift",
         )
     read_examples(options.eval_labels, structure.task, config)
+
+
+def check_calibration(plan: Plan, profile: Profile, options: ExportOptions) -> None:
+    """Refuse a calibration text that nothing would read.
+
+    Raises:
+        UsageError: The profile calibrates nothing on this model.
+    """
+    from compress.calibrate import encoder
+
+    if options.calibration_text is not None and not encoder.wanted(plan, profile):
+        raise UsageError(
+            f"profile {profile.name} calibrates nothing on a text for this model",
+            where=str(options.calibration_text),
+            hint="leave --calibration-text out; encoders under int8 profiles are calibrated",
+        )
 
 
 def _encoder_task(plan: Plan) -> str:

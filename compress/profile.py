@@ -140,8 +140,8 @@ class Budget(_Strict):
 
     Decoders: ``max_kl``, ``min_top1_agreement``, ``max_perplexity_ratio``. Embeddings: ``min_cosine`` (the mean over
     texts), ``min_worst_cosine``, ``min_neighbour_agreement``. Other encoders: ``min_label_agreement``. With labelled
-    examples: ``max_accuracy_drop`` bounds the drop that was seen, ``max_accuracy_drop_bound`` the unfavourable end of
-    its 95 % interval; both are shares, 0.005 is half a point.
+    examples (an export without them is not judged by these): ``max_accuracy_drop`` bounds the drop that was seen,
+    ``max_accuracy_drop_bound`` the unfavourable end of its 95 % interval; both are shares, 0.005 is half a point.
     """
 
     max_kl: float | None = Field(default=None, gt=0)

@@ -55,7 +55,7 @@ def prove(
     with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
         shared: dict[str, Any] = {
             "checkpoint_spec": CheckpointSpec(model.resolved, model.adapter, model.revision, model.wanted_task),
-            "budgets": profile.budget.model_dump(),
+            "budgets": _budgets(profile, options),
             "providers": names,
             "eval_text": options.eval_text,
             "threads": options.threads,
@@ -97,6 +97,14 @@ def prove(
     )
     report_json.write(made, directory / REPORT_NAME)
     return made.model_dump(mode="json")
+
+
+def _budgets(profile: Profile, options: pipeline.ExportOptions) -> dict[str, float | None]:
+    """Return the profile's budgets; those of accuracy count where labels were given."""
+    budgets: dict[str, float | None] = profile.budget.model_dump()
+    if options.eval_labels is None:
+        budgets |= {"max_accuracy_drop": None, "max_accuracy_drop_bound": None}
+    return budgets
 
 
 def _run_encoder(

@@ -8,12 +8,13 @@ from typing import Any
 
 from compress import resources
 from compress.catalog import CatalogEntry
-from compress.contracts import Checkpoint, Scheme
+from compress.contracts import Checkpoint, Encoder, Scheme
 from compress.errors import CompressError
 from compress.package import manifest
 from compress.plan import Fate, Plan
 from compress.profile import Profile
 from compress.sizes import format_size
+from compress.validate.artifact import DECODING
 
 # ------------------------------------------------------------------------------------------------------------ plan
 
@@ -25,6 +26,7 @@ def plan_document(plan: Plan, profile: Profile, checkpoint: Checkpoint, threads:
         "schema_version": 1,
         "model": checkpoint.identifier,
         "model_type": plan.model_type,
+        "task": plan.structure.task if isinstance(plan.structure, Encoder) else DECODING,
         "profile": profile.name,
         "parameters": plan.weight_count,
         "bits_per_weight": round(plan.bits_per_weight, 3),
@@ -72,7 +74,7 @@ def plan_text(document: Mapping[str, Any]) -> str:
         group = groups.setdefault((tensor["role"], tensor["storage"]), [0, 0, 0])
         for index, amount in enumerate((1, count, tensor["bytes"])):
             group[index] += amount
-    lines = [f"{document['model']} ({document['model_type']}) under {document['profile']}", ""]
+    lines = [f"{document['model']} ({document['model_type']}, {document['task']}) under {document['profile']}", ""]
     lines.append(f"{'role':<18}{'storage':<16}{'tensors':>8}{'parameters':>16}{'size':>12}")
     for (role, storage), (tensors, count, size) in groups.items():
         lines.append(f"{role:<18}{storage:<16}{tensors:>8}{count:>16,}{format_size(size):>12}")
@@ -138,7 +140,10 @@ def inspect_document(artifact: Path) -> dict[str, Any]:
     return {
         "status": record["status"],
         "source": {key: value for key, value in record["source"].items() if key != "files"},
+        "task": record.get("task"),
         "profile": record["profile"],
+        "calibration": record.get("calibration"),
+        "fusions": record.get("fusions", {}),
         "tools": record["tools"],
         "files": record["files"],
         "opset": model.opset_imports.get("", 0),
@@ -160,15 +165,30 @@ def inspect_text(document: Mapping[str, Any]) -> str:
     lines = [
         f"status    {document['status']}",
         f"source    {source['id']}{revision} ({source['kind']})",
+        *([f"task      {document['task']}"] if document["task"] else []),
         f"profile   {profile['name']}: {profile['description']}",
         f"graph     opset {document['opset']}, {sum(document['operators'].values())} nodes: "
         + ", ".join(f"{count} {name}" for name, count in list(document["operators"].items())[:6]),
-        "inputs    " + ", ".join(f"{item['name']}{item['shape']}" for item in _few(document["inputs"])),
-        "outputs   " + ", ".join(f"{item['name']}{item['shape']}" for item in _few(document["outputs"])),
+        "inputs    " + ", ".join(map(_value, _few(document["inputs"]))),
+        "outputs   " + ", ".join(map(_value, _few(document["outputs"]))),
+        *_calibrated(document["calibration"]),
         "files",
     ]
     lines += [f"  {format_size(item['size']):>10}  {item['sha256'][:12]}  {item['name']}" for item in document["files"]]
     return "\n".join(lines) + "\n"
+
+
+def _value(item: Mapping[str, Any]) -> str:
+    return f"{item['name']} [{', '.join(map(str, item['shape']))}]"
+
+
+def _calibrated(record: Mapping[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    kept = ", ".join(record["kept_float"]) or "none"
+    return [
+        f"calibrated on {record['texts']} texts of {record['text']['name']}; linears kept in float32: {kept}",
+    ]
 
 
 def _few(values: list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from compress.errors import SourceError
-from compress.families import load_family
+from compress.families import available_families, load_family
 from compress.source.base import OpenCheckpoint, Source, require_tokenizer
 from compress.tasks import retask
 
@@ -62,10 +62,13 @@ def open_checkpoint(
         raise SourceError("this is not a model reference", where=reference, hint=f"give {kinds}, or a short name")
     base = source.open(reference, revision=revision, cache_dir=cache_dir, config_only=config_only)
     try:
+        model_type = base.config.get("model_type")
         if task is not None:
             # The family of the model type: its own architecture may have a head that nobody exports.
-            family = load_family({"model_type": base.config.get("model_type")})
-            base.config = retask(base.config, task, family.architectures)
+            base.config = retask(base.config, task, load_family({"model_type": model_type}).architectures)
+        elif base.config.get("architectures") is None and model_type in available_families():
+            # Then it is what its family's first architecture is: everything behind reads one config.
+            base.config = {**base.config, "architectures": [load_family({"model_type": model_type}).architectures[0]]}
         if adapter is None:
             return base
         from compress.source.adapter import merge_adapter
