@@ -118,7 +118,7 @@ def handle(request: Json, job: Path) -> Json:
         found = observer.found()
         if not all(np.isfinite(array).all() for array in found.values()):
             raise CompressError("the model's hidden states are not finite on the calibration texts", where=name)
-        peak = run.linears[name][0].weight.detach().abs().amax(dim=0).numpy()
+        peak = np.max([part.weight.detach().abs().amax(dim=0).numpy() for part in run.linears[name]], axis=0)
         statistics[name] = ChannelStatistics(found["low"], found["high"], peak)
         arrays |= {f"{name}/{measure}": array for measure, array in {**found, "peak": peak}.items()}
     changes = smooth(encoder, statistics).linears if request["smoothing"] else {}
