@@ -7,7 +7,7 @@ Requires a :class:`~compress.contracts.Structure` and a :class:`~compress.profil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
@@ -15,6 +15,7 @@ from typing import Literal, cast
 from compress.contracts import (
     Checkpoint,
     Decoder,
+    Encoder,
     Linear,
     Role,
     ScaleFormat,
@@ -156,7 +157,8 @@ def make_plan(
         structure: What there is.
         profile: What is asked for.
         checkpoint: Its headers say how large the source is.
-        constants: Types and shapes of arrays that are no parameter of the model: calibration finds them.
+        constants: Types and shapes of arrays that are no parameter of the model: calibration finds them. Default: those
+            that it will find, where the profile asks for it.
         keep_float: Linears, by name, that stay float32 whatever the profile says.
 
     Raises:
@@ -175,7 +177,9 @@ def make_plan(
             fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
     for vector in structure.vectors:
         fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
-    for name, (dtype, shape) in (constants or {}).items():
+    if constants is None:
+        constants = _expected_constants(structure, profile, fates)
+    for name, (dtype, shape) in constants.items():
         stored = layout.place((name, cast(DType, dtype), shape))
         fates.append(Fate(name, "vector", None, math.prod(shape), 1, None, (), stored))
     if isinstance(structure, Decoder) and structure.rope_shape is not None:
@@ -201,6 +205,18 @@ def make_plan(
         data_bytes=layout.end,
         source_bytes=_source_bytes(structure, checkpoint.tensors()),
     )
+
+
+def _expected_constants(
+    structure: Structure, profile: Profile, fates: Sequence[Fate]
+) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    """Return what calibration will add, as far as it is known before: not how many neurons it repeats."""
+    integers = any(fate.scheme is not None and fate.scheme.activations != "none" for fate in fates)
+    if not isinstance(structure, Encoder) or profile.quantize.smoothing != "calibrated" or not integers:
+        return {}
+    from compress.calibrate.smoothing import constant_shapes  # it needs plans itself
+
+    return constant_shapes(structure)
 
 
 class _Layout:
