@@ -217,7 +217,7 @@ def test_texts_are_framed_and_fit(tiny_model: Callable[[str], Path]) -> None:
     assert len({len(ids) for ids in pieces(texts)}) > 10, "many lengths"
     random = {token for ids in pieces(texts)[TEXTS:] for token in ids}
     written = {token for ids in pieces(texts)[:TEXTS] for token in ids}
-    assert len(random) > 0.99 * VOCABULARY and random - written, "what no text has"
+    assert len(random) > 0.95 * VOCABULARY and random - written, "what no text has"
 
 
 def test_texts_depend_on_seed_and_content_alone(tiny_model: Callable[[str], Path]) -> None:
