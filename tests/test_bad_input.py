@@ -98,7 +98,7 @@ def test_the_model_itself_is_good(bench: Bench) -> None:
 def test_unknown_names(bench: Bench) -> None:
     bench.refused(2, "no model is called 'smolm2'", "did you mean smollm2", model="smolm2")
     bench.refused(1, "no such directory", "/nowhere", "check the path", model="/nowhere/model")
-    bench.refused(2, "no profile is named 'arm-int'", "did you mean arm-int4", words=("--profile", "arm-int"))
+    bench.refused(2, "no profile is named 'arm-int'", "did you mean arm-int", words=("--profile", "arm-int"))
     bench.refused(2, "'10 apples' is not a size", "800MB", words=("--max-memory", "10 apples"))
     bench.refused(2, "'' is not a size", words=("--max-memory", ""))
 
@@ -108,8 +108,8 @@ def test_a_hub_model_that_is_not_here_offline(bench: Bench) -> None:
 
 
 def test_unsupported_architectures(bench: Bench) -> None:
-    set_config(bench.model, model_type="bert", architectures=["BertForMaskedLM"])
-    bench.refused(1, "'bert'", "supported: gpt2, llama, mistral, phi3")
+    set_config(bench.model, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    bench.refused(1, "'qwen2'", "supported: albert, bert, distilbert, electra, gpt2, llama, mistral, phi3")
     set_config(bench.model, model_type="llama", architectures=["LlamaForSequenceClassification"])
     bench.refused(1, "LlamaForSequenceClassification", "supported: LlamaForCausalLM")
 

@@ -18,6 +18,7 @@ import pytest
 
 from compress import __version__
 from compress.cli import cli, run
+from tiny_models import PLAIN_INT8
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
 Capture = pytest.CaptureFixture[str]
@@ -228,7 +229,7 @@ def test_a_traceback_only_when_asked(capsys: Capture, monkeypatch: pytest.Monkey
     assert "Traceback" not in fail(capsys, "profiles", "arm-int", code=2)
     assert run(["--debug", "profiles", "arm-int"]) == 2
     err = capsys.readouterr().err
-    assert "Traceback" in err and "did you mean arm-int4" in err
+    assert "Traceback" in err and "did you mean arm-int" in err
 
     def surprise() -> dict[str, Path]:
         raise ZeroDivisionError("by design")
@@ -268,6 +269,22 @@ def test_plan_document(capsys: Capture, tiny_model: Callable[[str], Path]) -> No
     assert re.search(r"^down +int4 b32 sym +3 +30,720", page, re.MULTILINE)
 
 
+def test_plan_of_an_encoder(capsys: Capture, tiny_model: Callable[[str], Path]) -> None:
+    model = str(tiny_model("bert:text-classification"))
+    document = one_document(succeed(capsys, "plan", model, "--profile", "x86-int8", "--threads", "2", "--json"))
+    assert document["task"] == "text-classification"
+    tensors = {item["name"]: item["storage"] for item in document["tensors"]}
+    assert tensors["bert.encoder.layer.0.attention.self.qkv"] == "int8 row dynamic"
+    assert tensors["bert.embeddings.word_embeddings"] == "int8 row sym"
+    assert document["predicted_peak_memory"]["calibration"] > 0
+    page = succeed(capsys, "plan", model, "--profile", "x86-int8", "--threads", "2")
+    assert "(bert, text-classification) under x86-int8" in page
+    assert re.search(r"^down +int8 row dynamic +3 +30,720", page, re.MULTILINE)
+    other = one_document(succeed(capsys, "plan", model, "--task", "embedding", "--profile", "int8-qdq", "--json"))
+    assert other["task"] == "embedding"
+    assert "int8 row static" in {item["storage"] for item in other["tensors"]}
+
+
 def test_profiles(capsys: Capture) -> None:
     names = [item["name"] for item in one_document(succeed(capsys, "profiles", "--json"))]
     assert {"arm-int4", "x86-int4", "float"} <= set(names) and names == sorted(names)
@@ -282,6 +299,31 @@ def test_models(capsys: Capture) -> None:
     assert len(one_document(succeed(capsys, "models", "gpt2", "--json"))) == 1
     assert "gpt2" in succeed(capsys, "models")
     assert "did you mean gpt2" in fail(capsys, "models", "gtp2", code=2)
+
+
+def test_every_encoder_of_the_catalog_can_be_exported(capsys: Capture) -> None:
+    found = one_document(succeed(capsys, "models", "--json"))
+    encoders = {item["name"]: item["support"] for item in found if item["task"] != "text-generation"}
+    assert {"minilm", "tinybert", "distilbert", "albert", "electra-small"} <= encoders.keys()
+    assert set(encoders.values()) == {"supported"}
+
+
+def test_encoders_commands(capsys: Capture, tiny_artifact: Callable[..., Path]) -> None:
+    artifact = str(tiny_artifact("distilbert:text-classification", PLAIN_INT8))
+    document = one_document(succeed(capsys, "inspect", artifact, "--json"))
+    assert document["task"] == "text-classification"
+    assert document["fusions"]["attention"] == 3
+    assert [item["name"] for item in document["inputs"]] == ["input_ids", "attention_mask"]
+    page = succeed(capsys, "inspect", artifact)
+    assert "task      text-classification" in page
+    assert "outputs   logits [batch_size, 3]" in page
+    message = fail(capsys, "generate", artifact, "Why?", code=2)
+    assert "encoder (text-classification)" in message
+    assert "onnxruntime" in message and "input_ids, attention_mask; outputs logits" in message
+    words = ("bench", artifact, "--repeats", "1", "--threads", "1")
+    (entry,) = one_document(succeed(capsys, *words, "--json"))["speed"]
+    assert {(point["batch"], point["length"]) for point in entry["points"]} >= {(1, 16), (8, 16)}
+    assert re.search(r"^  8 x 16 +p50 [0-9.]+ ms", succeed(capsys, *words), re.MULTILINE)
 
 
 def test_bench_document(capsys: Capture, tiny_artifact: Callable[..., Path]) -> None:
