@@ -16,12 +16,14 @@ import pytest
 from compress import pipeline, pooling
 from compress.calibrate import encoder_worker
 from compress.calibrate.encoder import Calibrated, calibrate
+from compress.calibrate.encoder_texts import calibration_texts
 from compress.contracts import Checkpoint, Encoder
 from compress.plan import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.progress import Stages
 from compress.source import open_checkpoint
 from compress.validate import text
+from compress.validate.encoded import Encoded
 from plain_encoder import PlainEncoder, example
 from tiny_models import VOCABULARY, Skeletons
 
@@ -132,6 +134,14 @@ def encoder_of(model: Path) -> Encoder:
         structure = pipeline.describe(checkpoint)
     assert isinstance(structure, Encoder)
     return structure
+
+
+def texts_of(model: Path, content: str | None = None, seed: int = 0) -> Encoded:
+    given = text.embedded("calibration") if content is None else text.Text("own", "", content)
+    with open_checkpoint(str(model)) as checkpoint:
+        structure = pipeline.describe(checkpoint)
+        assert isinstance(structure, Encoder)
+        return calibration_texts(structure, checkpoint, given, seed)
 
 
 def torch_model(directory: Path) -> Any:

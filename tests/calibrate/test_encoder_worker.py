@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import calibrated, encoder_of, in_process, plant, torch_model
+from planted import calibrated, encoder_of, in_process, plant, texts_of, torch_model
 
 from compress import pipeline
 from compress.calibrate import encoder as calibrate_encoder
 from compress.calibrate.encoder import Calibrated, moments
-from compress.calibrate.encoder_texts import LONGEST, RANDOM, TEXTS, calibration_texts
-from compress.contracts import Encoder
+from compress.calibrate.encoder_texts import LONGEST, RANDOM, TEXTS
 from compress.errors import CompressError, UsageError
 from compress.plan import make_plan
 from compress.profile import load_profile
@@ -44,14 +43,6 @@ def request(model: Path, texts: Encoded, work: Path, **changes: Any) -> dict[str
         "memory_cap": None,
         **changes,
     }
-
-
-def texts_of(model: Path, content: str | None = None, seed: int = 0) -> Encoded:
-    given = text.embedded("calibration") if content is None else text.Text("own", "", content)
-    with open_checkpoint(str(model)) as checkpoint:
-        structure = pipeline.describe(checkpoint)
-        assert isinstance(structure, Encoder)
-        return calibration_texts(structure, checkpoint, given, seed)
 
 
 def pieces(texts: Encoded) -> list[list[int]]:
