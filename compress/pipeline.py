@@ -31,6 +31,7 @@ from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import load_task
 from compress.validate import text
+from compress.validate.encoder_run import check_length
 from compress.validate.labels import read_examples
 from compress.validate.protocol import CheckpointSpec
 
@@ -143,6 +144,8 @@ def export(
             structure = describe(checkpoint)
             task = structure.task if isinstance(structure, Encoder) else "text-generation"
             check_labels(structure, checkpoint.config, options)
+            if options.validate and isinstance(structure, Encoder):
+                check_length(structure.context_length, profile.validation.max_length)
             for target in _targets(profile):
                 if target.applies(structure):
                     target.check(checkpoint)  # what is damaged is found out now, not after the weights

@@ -102,7 +102,7 @@ def run_encoder_validation(
     plan = EncoderSpeedPlan(
         wanted.lengths, wanted.batches, wanted.repeats, threads, wanted.seconds, wanted.runs, wanted.timeout
     )
-    check_length(opened, max_length)
+    check_length(opened.context_length, max_length)
     labels = _labels(opened, eval_labels, checkpoint_spec)
     source = None if checkpoint_spec is None else Source(checkpoint_spec, pooling, normalize, memory_cap)
     stages: list[Stage] = []
@@ -131,17 +131,16 @@ def run_encoder_validation(
     )
 
 
-def check_length(artifact: Artifact, max_length: int | None) -> None:
-    """Refuse sequences that the model has no positions for.
+def check_length(positions: int | None, max_length: int | None) -> None:
+    """Refuse sequences that a model has no positions for; ``None``: its config says no number.
 
     Raises:
         UsageError: ``max_length`` is beyond the position table.
     """
-    context = artifact.context_length
-    if max_length is not None and context is not None and max_length > context:
+    if max_length is not None and positions is not None and max_length > positions:
         raise UsageError(
-            f"texts of {max_length} tokens are longer than the model's table of {context} positions",
-            hint=f"--set validation.max_length={context}",
+            f"texts of {max_length} tokens are longer than the model's table of {positions} positions",
+            hint=f"--set validation.max_length={positions}",
         )
 
 
