@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT := artifacts/smollm2-arm-int4
+DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
 DEMO_PROMPT ?= Why is the sky blue?
 
 .PHONY: demo test lint docs clean
@@ -29,11 +30,13 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.demo
 
-# Exports a real model that a Python package ships, then asks it something. No network once installed.
+# Exports two real models that Python packages ship: one that writes (and is asked something), one that embeds texts.
+# No network once installed.
 demo: $(VENV)/.demo $(VENV)/.models
-	rm -rf $(DEMO_OUT)
+	rm -rf $(DEMO_OUT) $(DEMO_ENCODER_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/compress export smollm2 --profile arm-int4 -o $(DEMO_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/compress generate $(DEMO_OUT) "$(DEMO_PROMPT)"
+	HF_HUB_OFFLINE=1 $(BIN)/compress export minilm --profile x86-int8 -o $(DEMO_ENCODER_OUT)
 
 test: $(VENV)/.test $(VENV)/.models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -47,5 +50,5 @@ docs: $(VENV)/.test
 	$(BIN)/python tools/cli_reference.py
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_ENCODER_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find compress tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
