@@ -171,11 +171,16 @@ def _encoder_speed(speed: EncoderSpeed) -> list[tuple[str, str]]:
 
 
 def _point(point: MeasuredPoint) -> str:
-    return f"{_latency(point.latency_ms)}, {point.sequences_per_second:.3g}/s, {point.tokens_per_second:.3g} tok/s"
+    return f"{_latency(point.latency_ms)}, {_plain(point.sequences_per_second)}/s, {point.tokens_per_second:.0f} tok/s"
 
 
 def _latency(latency: Latency) -> str:
-    return f"{latency.p50:.3g} ms (p95 {latency.p95:.3g})"
+    return f"{_plain(latency.p50)} ms (p95 {_plain(latency.p95)})"
+
+
+def _plain(value: float) -> str:
+    """Return three digits, or all before the point; never an exponent."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def _decoder_speed(speed: Speed) -> list[tuple[str, str]]:
