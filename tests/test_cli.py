@@ -144,6 +144,23 @@ def test_the_verdict_decides_the_exit_code(
     assert document["manifest"]["status"] == status
 
 
+def test_texts_and_labels_reach_the_export(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+    seen: list[Any] = []
+
+    def record(model: Any, profile: Any, output: Path, options: Any, stages: Any) -> None:
+        seen.append((model.task, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.pipeline.export", record)
+    words = ["export", str(tiny_model("bert:embedding")), "--profile", "x86-int8", "--task", "embedding"]
+    assert run([*words, "--calibration-text", "a.txt", "--eval-text", "b.txt", "--eval-labels", "c.jsonl"]) == 130
+    ((task, options),) = seen
+    assert task == "embedding"
+    assert (options.calibration_text, options.eval_text, options.eval_labels) == tuple(
+        map(Path, ("a.txt", "b.txt", "c.jsonl"))
+    )
+
+
 def test_a_provider_that_does_not_work(
     capsys: Capture, tiny_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
