@@ -140,6 +140,7 @@ class BidirectionalFamily:
         keys: Mapping[str, str] | None = None,
         types: bool = True,
         projection: str | None = None,
+        always_projected: bool = False,
         classifier: Sequence[tuple[str, Role]] = (("classifier", "classifier"),),
         pooler: str | None = None,
         stored_layers: Callable[[Shape, Mapping[str, Any]], int] | None = None,
@@ -152,6 +153,7 @@ class BidirectionalFamily:
         self._prefix, self._block, self._names, self._fill_mask = model_type, block, names, fill_mask
         self._keys = dict(keys or {})
         self._types, self._projection, self._classifier = types, projection, tuple(classifier)
+        self._always_projected = always_projected
         self._pooler, self._stored_layers = pooler, stored_layers
         self._refuse = dict(refuse or {})
 
@@ -216,7 +218,7 @@ class BidirectionalFamily:
         if shape.types:
             build.table(f"{place}.token_type_embeddings", shape.types, shape.embedding, "type")
         build.norm(f"{place}.LayerNorm", shape.embedding)
-        if self._projection and (shape.embedding != shape.hidden or self.model_type == "albert"):
+        if self._projection and (self._always_projected or shape.embedding != shape.hidden):
             build.single(build.base(self._projection), "projection", shape.hidden, shape.embedding)
 
     def _add_block(self, build: _Builder, shape: Shape, index: int) -> None:

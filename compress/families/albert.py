@@ -28,6 +28,7 @@ FAMILY = BidirectionalFamily(
         output_norm="full_layer_layer_norm",
     ),
     projection="encoder.embedding_hidden_mapping_in",
+    always_projected=True,
     pooler="pooler",
     fill_mask=FillMask(
         dense="predictions.dense",

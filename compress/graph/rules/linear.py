@@ -11,7 +11,7 @@ After, quantized::
 
 After, integers times integers (``graph/rules/_integer.py``)::
 
-    y = com.microsoft.DynamicQuantizeMatMul(x, codes, scales, , bias?)          # and two more forms there
+    y = com.microsoft.DynamicQuantizeMatMul(x, codes, scales, , bias?)          # or with a fixed range
 
 After, float32 (the weight is stored as [K, N], so that no transposed copy is made at load time)::
 
@@ -29,7 +29,7 @@ import onnx_ir as ir
 from compress.contracts import Linear
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights, drop, node, only_user, products, supersede
-from compress.graph.rules._integer import IntegerProducts
+from compress.graph.rules._integer import integer_product
 from compress.plan import Fate, Plan
 
 
@@ -46,7 +46,6 @@ class _Place:
 def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int) -> int:
     """Replace every linear of the plan; returns how many."""
     fired = 0
-    integers = IntegerProducts(weights, plan)
     for linear in plan.structure.linears:
         # A tied head has no weight of its own.
         fate = plan.by_name.get(linear.name) or plan.by_name[plan.structure.tables[0].name]
@@ -54,7 +53,7 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, accuracy_level: int)
         places = _find(weights, linear)
         for index, place in enumerate(places):
             name = linear.name if len(places) == 1 else f"{linear.name}.{index}"
-            _replace(weights, integers, linear, name, fate, bias, place, accuracy_level)
+            _replace(weights, linear, name, fate, bias, place, accuracy_level)
         fired += len(places)
     return fired
 
@@ -95,7 +94,6 @@ def _place(linear: Linear, matmuls: list[ir.Node], passed: list[ir.Node]) -> _Pl
 
 def _replace(
     weights: Weights,
-    integers: IntegerProducts,
     linear: Linear,
     name: str,
     fate: Fate,
@@ -112,7 +110,7 @@ def _replace(
     if fate.scheme is None:
         _float(weights, fate, bias_value, place, output)
     elif fate.scheme.activations != "none":
-        integers.replace(fate, bias_value, place.source, place.first, output)
+        integer_product(weights, fate, bias_value, place.source, place.first, output)
     else:
         _quantized(weights, linear, fate, bias_value, place, output, accuracy_level)
     if whole is not None:
