@@ -15,12 +15,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEEP_BYTES = 256 << 20
 
 
-def keep_buffers() -> bool:
-    """Let the process keep its large buffers; returns whether the allocator took the setting."""
+def keep_buffers(largest: int = _KEEP_BYTES) -> bool:
+    """Let the process keep buffers of up to ``largest`` bytes; returns whether the allocator took the setting."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _KEEP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES))
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, largest), (_M_TRIM_THRESHOLD, largest))
     return all(mallopt(name, value) == 1 for name, value in settings)
