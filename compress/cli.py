@@ -23,6 +23,7 @@ from compress.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_PROVIDER,
     EXIT_USAGE,
     CompressError,
     UsageError,
@@ -401,6 +402,31 @@ def inspect(artifact: Path, as_json: bool) -> int:
     else:
         click.echo(inspect_text(document), nl=False)
     return 0
+
+
+@cli.command()
+@click.argument("names", metavar="[PROVIDER]...", nargs=-1)
+@click.option(
+    "--install", multiple=True, metavar="PROVIDER", help="Install what the provider needs into the cache first."
+)
+@_json_option
+def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> int:
+    """Try every execution provider on this machine: what works, what a run on it proves, and what is missing.
+
+    With names, only those are tried, and one that does not work is exit code 4.
+    """
+    from compress import doctor as diagnosis
+    from compress import providers
+
+    asked = [providers.load(name) for name in (*names, *install)]
+    for provider in asked[len(names) :]:
+        provider.install(lambda step: click.echo(step, err=True))
+    found = diagnosis.examine_all(tuple(dict.fromkeys(provider.name for provider in asked)))
+    if as_json:
+        _print_json(diagnosis.document(found))
+    else:
+        click.echo(diagnosis.text(found), nl=False)
+    return EXIT_PROVIDER if asked and not all(item.works for item in found) else EXIT_OK
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,8 +7,8 @@ Arrays are NumPy; nothing here imports torch, transformers or onnxruntime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -467,27 +467,97 @@ class BlockLearner(Protocol):
 
 # -------------------------------------------------------------------------------------------------------- provider
 
+#: What a run on this machine proves. ``measured``: real hardware. ``simulated``: a vendor's simulator of it.
+#: ``emulated``: another processor in software. ``static``: nothing was run, a tool read the graph.
 Evidence = Literal["measured", "simulated", "emulated", "static", "none"]
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """How to start the Python that has a provider's onnxruntime.
+
+    Attributes:
+        command: The interpreter, with whatever has to stand before it and what has to stand before ``-m``.
+        environment: Variables to set.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 class Provider(Protocol):
-    """One ONNX Runtime execution provider: how to start it, what it supports, how to tell that it fell back."""
+    """One ONNX Runtime execution provider: how to start it, what it supports, how to tell that it fell back.
+
+    ``runtime`` and ``install`` are called in the main process, which need not have the provider's onnxruntime and never
+    starts a session. ``available``, ``device``, ``evidence`` and ``session`` are called in a worker that ``runtime``
+    started: they may crash or hang.
+
+    Attributes:
+        name: As the command line has it.
+        onnxruntime_name: As ONNX Runtime has it.
+        static_shapes: Whether it takes only graphs whose every dimension is a number.
+    """
 
     name: str
     onnxruntime_name: str
+    static_shapes: bool
+
+    def runtime(self) -> Runtime:
+        """Return how to start a process that can use it.
+
+        Raises:
+            ProviderError: Something is missing here; with the exact command that would make it work.
+        """
+        ...
+
+    def install(self, say: Callable[[str], None]) -> None:
+        """Put what is missing into the cache, never into the user's environment; ``say`` is told each step.
+
+        Raises:
+            ProviderError: It cannot be installed on this machine; why.
+        """
+        ...
 
     def available(self) -> tuple[bool, str]:
-        """Return whether it works here, and its version or the reason and the remedy."""
+        """Return whether it works in this process, and its versions or the reason and the remedy."""
+        ...
+
+    def device(self) -> str:
+        """Return what it runs on, in words."""
         ...
 
     def evidence(self) -> Evidence:
         """Return what a run on this machine proves."""
         ...
 
-    def session(self, model: Path, options: Mapping[str, str], threads: int) -> Any:
-        """Return an ``onnxruntime.InferenceSession`` bound to this provider alone."""
+    def session(
+        self, model: Path, options: Mapping[str, str], threads: int, provider_options: Mapping[str, str] | None = None
+    ) -> Any:
+        """Return an ``onnxruntime.InferenceSession`` bound to this provider, which records where each node runs.
+
+        Args:
+            model: The graph.
+            options: Session options by their genai_config.json names, and config entries (dotted keys).
+            threads: Threads inside an operator, where that means something.
+            provider_options: The provider's own options, as text.
+
+        Raises:
+            ProviderError: The provider refuses the graph.
+            UsageError: An option makes no sense.
+        """
         ...
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why a scheme cannot run here fast, or ``None`` if it can."""
+        ...
+
+
+@runtime_checkable
+class StaticallyChecked(Protocol):
+    """A provider whose operators are known where it cannot run: a graph can be read with them."""
+
+    def static_placement(self, model: Path) -> Mapping[str, Any]:
+        """Return the placement that operator lists foretell: ``provider``, ``nodes_total``, ``nodes_on_provider``,
+        ``fallback_nodes``; called in a worker of this Python.
+        """
         ...

@@ -5,7 +5,7 @@ interpreter. The worker reads ``request.json``, writes ``response.json`` (atomic
 Whatever it prints goes to ``log``. A crash, a hang and a nonsense answer become a :class:`WorkerError` that shows the
 end of that log; a :class:`CompressError` raised inside the worker is raised again here with its class.
 
-This module is read by foreign interpreters: standard library only.
+This module is read by foreign interpreters: the standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import errors
+from compress.contracts import Runtime
 from compress.errors import CompressError, WorkerError
 
 PROTOCOL_VERSION = 1
@@ -60,7 +61,7 @@ def run_worker(
     request: Mapping[str, Any],
     *,
     timeout: float,
-    interpreter: str = sys.executable,
+    runtime: Runtime | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Json:
     """Run ``compress.validate.<module>`` (with a dot: ``compress.<module>``) in its own process; return its answer.
@@ -69,7 +70,7 @@ def run_worker(
         module: The worker module's name.
         request: A JSON-able mapping; ``threads`` (int, default 1) also sets the child's OpenMP threads.
         timeout: Seconds after which the worker and everything it started is killed.
-        interpreter: The Python to run it with.
+        runtime: The Python to run it with; this one by default.
         progress: Called with a fraction in 0..1 whenever the worker reports one.
 
     Returns:
@@ -83,8 +84,9 @@ def run_worker(
         job = Path(place)
         _link_package(job)
         (job / "request.json").write_text(json.dumps({**request, "protocol": PROTOCOL_VERSION}))
+        started = runtime or Runtime((sys.executable,))
         command = [
-            interpreter,
+            *started.command,
             "-P",
             "-m",
             f"compress.{module if '.' in module else f'validate.{module}'}",
@@ -98,11 +100,11 @@ def run_worker(
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=_child_environment(job, int(request.get("threads", 1))),
+                    env=_child_environment(job, int(request.get("threads", 1)), started.environment),
                     start_new_session=True,
                 )
             except OSError as error:
-                raise WorkerError(f"the worker did not start: {error.strerror}", where=interpreter) from error
+                raise WorkerError(f"the worker did not start: {error.strerror}", where=started.command[0]) from error
             try:
                 finished = _wait(process, job, timeout, progress)
             finally:
@@ -159,8 +161,12 @@ def _link_package(job: Path) -> None:
     (job / "path" / "compress").symlink_to(Path(errors.__file__).resolve().parent, target_is_directory=True)
 
 
-def _child_environment(job: Path, threads: int) -> dict[str, str]:
-    environment = dict(os.environ)
+def _child_environment(job: Path, threads: int, own_variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the worker's variables: ours stand over the runtime's, and those over what this process has.
+
+    A runtime's ``PYTHONPATH`` replaces the inherited one, which is for another Python; this package still comes first.
+    """
+    environment = {**os.environ, **own_variables}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(max(1, threads))
     own = str(job / "path")
@@ -185,7 +191,8 @@ def _read_response(module: str, request: Mapping[str, Any], job: Path, code: int
     where = _subject(request)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        raise WorkerError(f"the {module} worker crashed with {name}", where=where, hint=_shown(tail))
+        killed = ": out of memory, or somebody killed it" if name == "SIGKILL" else ""
+        raise WorkerError(f"the {module} worker crashed with {name}{killed}", where=where, hint=_shown(tail))
     try:
         response = json.loads((job / "response.json").read_text())
     except FileNotFoundError:

@@ -1,7 +1,9 @@
 """The worker that runs one artifact: ``python -m compress.validate.worker`` (see ``protocol``).
 
-Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` {str: str}, ``threads``, ``jobs``. A job is
-``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
+Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``provider_options`` {str: str},
+``threads``, ``jobs``. A job is ``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
+
+- ``probe``: ``inputs`` {name: numbers} -> ``outputs`` {name: numbers}, for graphs of a few float32 numbers;
 
 - ``logits``: ``windows`` (.npy int64 ``[windows, length]``) -> ``output`` (.npy float32 ``[windows * length, vocab]``),
   each window on an empty cache;
@@ -47,14 +49,17 @@ def handle(request: Json, job: Path) -> Json:
     if not model.is_file():
         raise CompressError("there is no such model file", where=str(model))
     start = time.perf_counter()
-    session = provider.session(model, request.get("session_options", {}), int(request["threads"]))
+    options, own = request.get("session_options", {}), request.get("provider_options", {})
+    session = provider.session(model, options, int(request["threads"]), own)
     load_seconds = time.perf_counter() - start
     jobs = request["jobs"]
     decoder: CachedDecoder | None = None
     results: list[Json] = []
     for index, item in enumerate(jobs):
         kind, part = item["kind"], _part(job, index, len(jobs))
-        if kind in encoding.JOBS:
+        if kind == "probe":
+            results.append(_probe(session, item))
+        elif kind in encoding.JOBS:
             results.append(encoding.JOBS[kind](session, item, part))
         elif kind in _JOBS:
             decoder = decoder or CachedDecoder(session)
@@ -67,6 +72,7 @@ def handle(request: Json, job: Path) -> Json:
         "peak_rss_bytes": peak_rss_bytes(),
         "placement": placement(session, provider),
         "evidence": provider.evidence(),
+        "device": provider.device(),
         "versions": versions(),
     }
 
@@ -96,6 +102,13 @@ def versions() -> dict[str, str]:
 
 def _part(job: Path, index: int, count: int) -> Progress:
     return lambda fraction: report_progress(job, (index + fraction) / count)
+
+
+def _probe(session: Any, item: Json) -> Json:  # noqa: ANN401
+    names = [output.name for output in session.get_outputs()]
+    feeds = {name: np.asarray(values, np.float32) for name, values in item["inputs"].items()}
+    found = session.run(names, feeds)
+    return {"outputs": {name: np.asarray(array, np.float64).tolist() for name, array in zip(names, found, strict=True)}}
 
 
 def _logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.contracts import Runtime
 from compress.errors import CompressError, ProviderError, UsageError, WorkerError
 from compress.validate import protocol
 
@@ -31,7 +32,7 @@ def stand_in(tmp_path: Path, body: str) -> str:
 
 
 def ask(interpreter: str, timeout: float = 20) -> protocol.Json:
-    return protocol.run_worker("worker", {"model": "some.onnx", "jobs": []}, timeout=timeout, interpreter=interpreter)
+    return protocol.run_worker("worker", {"model": "some.onnx", "jobs": []}, timeout=timeout, runtime=Runtime((interpreter,)))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_child_sees_the_threads_and_no_hub(tmp_path: Path) -> None:
         "answer = {'protocol': 1, 'status': 'ok', 'results': [os.environ[name] for name in names]}\n"
         "(job / 'response.json').write_text(json.dumps(answer))"
     )
-    response = protocol.run_worker("worker", {"threads": 3}, timeout=20, interpreter=stand_in(tmp_path, body))
+    response = protocol.run_worker("worker", {"threads": 3}, timeout=20, runtime=Runtime((stand_in(tmp_path, body),)))
     assert response["results"] == ["3", "3", "1"]
 
 
@@ -152,7 +153,7 @@ def test_progress_is_passed_on(tmp_path: Path) -> None:
         "(job / 'response.json').write_text(json.dumps({'protocol': 1, 'status': 'ok', 'results': []}))"
     )
     seen: list[float] = []
-    protocol.run_worker("worker", {}, timeout=20, interpreter=stand_in(tmp_path, body), progress=seen.append)
+    protocol.run_worker("worker", {}, timeout=20, runtime=Runtime((stand_in(tmp_path, body),)), progress=seen.append)
     assert seen == [0.25, 0.75]
 
 
