@@ -51,8 +51,11 @@ def unplaced(graph: ir.Graph) -> list[str]:
 def serialize(model: ir.Model, path: Path) -> int:
     """Write the graph file and return its bytes; the external data is not touched.
 
-    Only what a runtime reads goes in: no comments, no traces of the builder, no types of intermediate values.
+    Only what a runtime reads goes in: no comments, no traces of the builder, no types of intermediate values. Nodes
+    come in topological order, which ONNX demands: a tied table's scales are widened where the head is rewritten, at the
+    end, and read at the beginning. onnxruntime does not mind, others do.
     """
+    model.graph.sort()
     for node in model.graph:
         node.doc_string = None
         node.metadata_props.clear()
