@@ -37,6 +37,8 @@ from compress.validate.encoder_run import check_length
 from compress.validate.protocol import CheckpointSpec
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from compress.calibrate.decoder import DecoderCalibration
     from compress.calibrate.encoder import Calibrated
     from compress.progress import Meter
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 #: Runs the source model on texts, given where temporary files may go and a meter.
 Calibration = Callable[[Path, "Meter"], "Calibrated"]
+#: Makes integers of a finished graph's activations, given the graph, its directory and a meter.
+Activations = Callable[["ir.Model", Path, "Meter"], object]
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 
 
@@ -178,6 +182,7 @@ def export(
                 pool=pool,
                 calibration=calibration,
                 decoding=decoding,
+                activations=_activations(checkpoint, structure, profile, options),
             )
             record = manifest.build_manifest(
                 checkpoint,
@@ -273,11 +278,13 @@ def build(
     pool: Pooling | None = None,
     calibration: Calibration | None = None,
     decoding: DecoderCalibration | None = None,
+    activations: Activations | None = None,
 ) -> Built:
     """Build graph, weights and package files into an existing directory; no validation, no manifest.
 
     ``calibration`` runs the source model on texts and returns a plan that knows what they showed; it may be ``None``
     where the profile asks for none. ``decoding`` is the calibration of a model that writes text, its text read.
+    ``activations`` makes integers of what is between the graph's nodes.
     """
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.calibrate.encoder import STATISTICS_NAME
@@ -326,6 +333,9 @@ def build(
                     if place is not None:
                         data.write(place, array)
                 skeleton.unlink()
+            if activations is not None:
+                with stages.stage("ranges") as meter:
+                    activations(graph.model, directory, meter)
     with stages.stage("package"):
         serialize(graph.model, directory / GRAPH_NAME)
         _copy_files(checkpoint, directory)
@@ -386,9 +396,7 @@ def _calibration(
 
     if not encoder.wanted(plan, profile):
         return None
-    content = text.embedded("calibration")
-    if options.calibration_text is not None:
-        content = text.from_file(options.calibration_text, profile.validation.tokens)
+    content = _calibration_text(profile, options)
 
     def run(work: Path, meter: Meter) -> encoder.Calibrated:
         return encoder.calibrate(
@@ -404,6 +412,38 @@ def _calibration(
         )
 
     return run
+
+
+def _activations(
+    checkpoint: Checkpoint, structure: Structure, profile: Profile, options: ExportOptions
+) -> Activations | None:
+    """Return what makes integers of an encoder's activations, ``None`` where the profile leaves them in floats."""
+    bits = profile.quantize.activation_bits
+    if bits is None or not isinstance(structure, Encoder):
+        return None
+    from compress.calibrate import encoder_ranges
+
+    content = _calibration_text(profile, options)
+
+    def run(model: ir.Model, directory: Path, meter: Meter) -> int:
+        return encoder_ranges.quantize(
+            model,
+            structure,
+            checkpoint,
+            content,
+            bits=bits,
+            seed=options.seed,
+            directory=directory,
+            progress=_fraction(meter),
+        )
+
+    return run
+
+
+def _calibration_text(profile: Profile, options: ExportOptions) -> text.Text:
+    if options.calibration_text is None:
+        return text.embedded("calibration")
+    return text.from_file(options.calibration_text, profile.validation.tokens)
 
 
 def _decoding(

@@ -35,6 +35,9 @@ from compress.quantize.scheme import BLOCK_SIZES, validate_scheme
 INLINE_LIMIT = 1024
 #: Large tensors start on a page so that a runtime can map them; the others on a cache line.
 _PAGE, _LINE, _PAGE_FROM = 4096, 64, 1 << 20
+#: Where all tensors between nodes are integers, float ones up to here stay in the graph: they become integers too, and
+#: of a table of positions a part is read.
+_FLOATS_LIMIT = 8 << 20
 
 #: Endings of the constants that a fixed input range is stored as.
 INPUT_RANGE = ("input_range_scale", "input_range_zero_point")
@@ -168,7 +171,7 @@ def make_plan(
     """
     if isinstance(structure, Decoder):
         profile = profile.model_copy(update={"quantize": profile.quantize.for_decoders()})
-    layout = _Layout()
+    layout = _Layout(_FLOATS_LIMIT if profile.quantize.activation_bits is not None else INLINE_LIMIT)
     given = schemes or {}
     fates = [_plan_table(table, structure, profile, layout, given) for table in structure.tables]
     tied = any(fate.tied for fate in fates)
@@ -223,16 +226,20 @@ def _expected_constants(
 
 
 class _Layout:
-    """Hands out aligned places in the data file, in the order they are asked for."""
+    """Hands out aligned places in the data file, in the order they are asked for.
 
-    def __init__(self) -> None:
+    ``floats_from``: the bytes from which on a float tensor has its place there.
+    """
+
+    def __init__(self, floats_from: int = INLINE_LIMIT) -> None:
         self.end = 0
+        self._floats_from = floats_from
 
     def place(self, *tensors: tuple[str, DType, tuple[int, ...]]) -> tuple[StoredTensor, ...]:
         placed = []
         for name, dtype, shape in tensors:
             tensor = StoredTensor(name, dtype, shape)
-            if tensor.nbytes >= INLINE_LIMIT:
+            if tensor.nbytes >= (self._floats_from if dtype == "float32" else INLINE_LIMIT):
                 align = _PAGE if tensor.nbytes >= _PAGE_FROM else _LINE
                 offset = -(-self.end // align) * align
                 self.end = offset + tensor.nbytes

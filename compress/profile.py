@@ -55,6 +55,8 @@ class Quantize(_Strict):
     cost, so that ``budget.max_bytes`` or ``budget.max_kl`` is kept; ``roles`` takes those of the profile.
     ``max_layer_loss`` keeps a linear in float32 that alone changes more than this share of the outputs' variance, as
     measured (:mod:`compress.calibrate.sensitivity`). ``input_range`` chooses the ranges of ``activations = "static"``.
+    ``activation_bits`` makes integers of all tensors between nodes, not of the products' inputs alone: what NPUs run.
+    It goes with ``activations = "static"`` and ``graph.static_length``.
     """
 
     effort: Effort = "fast"
@@ -64,6 +66,7 @@ class Quantize(_Strict):
     block_size: int = 32
     symmetric: bool = True
     activations: Activations = "none"
+    activation_bits: Literal[8, 16] | None = None
     accuracy_level: Literal[0, 1, 4] = 4
     scale_format: ScaleFormat = "float32"
     importance: Literal["random-tokens", "none"] = "random-tokens"
@@ -133,6 +136,9 @@ class Graph(_Strict):
     ``minimum_fusions`` is how often one of them must fire, each time a block is run, so that a graph which was not
     fused as expected is an error instead of a slow artifact. ``gelu = "tanh"`` computes exact GELUs by their tanh form,
     which differs by 5e-4 at most.
+
+    ``static_length`` makes a graph of standard operators for one text of so many tokens, padded: every shape is a
+    number, as NPUs want it.
     """
 
     logits_to_keep: int = Field(default=0, ge=0)
@@ -141,6 +147,7 @@ class Graph(_Strict):
     fusions: tuple[Fusion, ...] = ("attention", "packed_attention", "gelu")
     minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
     gelu: Literal["exact", "tanh"] = "exact"
+    static_length: int | None = Field(default=None, ge=8, le=4096)
 
 
 class Validation(_Strict):
@@ -149,6 +156,7 @@ class Validation(_Strict):
     Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``. Encoders: ``texts``
     cut to ``max_length`` tokens (default: 256, or all the positions of a model with fewer; labelled examples: all its
     positions); latency at every one of ``lengths`` that the model has positions for, in every one of ``batches``.
+    Nodes of the operator types ``allowed_fallback`` may run elsewhere than on the provider.
     """
 
     tokens: int = Field(default=2048, ge=16)
@@ -160,6 +168,7 @@ class Validation(_Strict):
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16, 128, 512), min_length=1, max_length=16)
     batches: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(1, 8), min_length=1, max_length=8)
     repeats: int = Field(default=3, ge=1, le=100)
+    allowed_fallback: tuple[str, ...] = ()
     baselines: tuple[Literal["pytorch", "onnx_float"], ...] = ("pytorch", "onnx_float")
 
 
@@ -200,11 +209,15 @@ class Budget(_Strict):
 
 
 class Profile(_Strict):
-    """A named recipe: what is stored how, for which provider and targets, and what may be lost."""
+    """A named recipe: what is stored how, for which provider and targets, and what may be lost.
+
+    ``provider_options`` are ONNX Runtime's for that provider, as text (``soc_model = "SM8750"``).
+    """
 
     name: str
     description: str
     provider: str = "cpu"
+    provider_options: dict[str, str] = Field(default_factory=dict)
     targets: tuple[str, ...] = ("genai",)
     quantize: Quantize = Field(default_factory=Quantize)
     calibration: Calibration = Field(default_factory=Calibration)
@@ -216,6 +229,18 @@ class Profile(_Strict):
     def _window_fits(self) -> Profile:
         if self.validation.window > self.validation.tokens:
             raise ValueError("validation.window is longer than validation.tokens; lower it or measure more tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _static_graph_is_plain(self) -> Profile:
+        quantize, graph = self.quantize, self.graph
+        if quantize.activation_bits is not None and (quantize.activations != "static" or graph.static_length is None):
+            raise ValueError(
+                'quantize.activation_bits needs fixed ranges and shapes: set quantize.activations = "static" and '
+                "graph.static_length"
+            )
+        if graph.static_length is not None and set(graph.fusions) - {"gelu"}:
+            raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
         return self
 
     @model_validator(mode="after")

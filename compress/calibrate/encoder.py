@@ -88,6 +88,7 @@ def calibrate(
     """
     encoder, asked = plan.structure, profile.quantize
     assert isinstance(encoder, Encoder)
+    static = {} if asked.activation_bits is not None else _integers(plan, "static")
     texts, statistics = work / ".calibration-texts.npz", work / STATISTICS_NAME
     calibration_texts(encoder, checkpoint, content, seed).save(texts)
     try:
@@ -103,7 +104,7 @@ def calibrate(
             "smoothing": asked.smoothing == "calibrated",
             "bits": _integers(plan),
             "measure_losses": asked.max_layer_loss is not None,
-            "static": list(_integers(plan, "static")),
+            "static": list(static),
             "range": asked.input_range,
             "memory_cap": memory_cap,
             "threads": 1,
@@ -114,7 +115,7 @@ def calibrate(
     losses: dict[str, float] = response["results"][0]["losses"]
     kept = sorted(name for name, loss in losses.items() if not loss <= (asked.max_layer_loss or 0))
     smoothing = _changes(
-        encoder, statistics, asked.smoothing == "calibrated", _integers(plan, "static").keys() - set(kept)
+        encoder, statistics, asked.smoothing == "calibrated", static.keys() - set(kept)
     )
     arrays = {name: (str(array.dtype), array.shape) for name, array in smoothing.constants.items()}
     final = make_plan(smoothing.structure, profile, checkpoint, constants=arrays, keep_float=kept)

@@ -30,6 +30,7 @@ from compress.graph.rules import (
     table,
 )
 from compress.graph.rules._edit import Weights
+from compress.graph.static_encoder import make_static
 from compress.plan import Plan
 from compress.profile import Profile
 from compress.source.sentence_transformers import Pooling
@@ -62,12 +63,13 @@ def build_encoder(
     model = ir.load(skeleton)
     graph = model.graph
     weights = Weights(graph, plan, inline, data_name)
+    static = profile.graph.static_length is not None
     gemm.apply(graph)
     fired = dict.fromkeys(("attention", "gelu", "packed_attention"), 0)
     if "attention" in profile.graph.fusions:
         fired["attention"] = attention.apply(graph, encoder.heads)
     if "gelu" in profile.graph.fusions:
-        fired["gelu"] = gelu.apply(graph, tanh=profile.graph.gelu == "tanh")
+        fired["gelu"] = gelu.apply(graph, tanh=profile.graph.gelu == "tanh", standard=static)
     fired["smooth"] = smooth.apply(graph, plan, weights)
     if any(fate.scheme is not None and fate.scheme.activations == "dynamic" for fate in plan.fates):
         fired["padding"] = padding.apply(graph, weights, encoder.vectors[0].graph_name.removesuffix(".weight"))
@@ -75,13 +77,16 @@ def build_encoder(
     if "packed_attention" in profile.graph.fusions:
         fired["packed_attention"] = packed_attention.apply(graph, encoder.head_dim)
     fired["skip_norm"] = skip_norm.apply(graph) if "skip_norm" in profile.graph.fusions else 0
-    fired["table"] = table.apply(graph, plan, weights)
+    fired["table"] = table.apply(graph, plan, weights, standard=static)
     fired["vector"] = place_vectors(graph, plan, weights)
     if encoder.task == "embedding":
-        fired["pooling"] = pooling.apply(graph, pool.mode, normalize=pool.normalize)
+        fired["pooling"] = pooling.apply(graph, pool.mode, normalize=pool.normalize, static=static)
     weights.restore_names()
     _check(graph, plan, profile, fired)
-    model.opset_imports["com.microsoft"] = 1
+    if profile.graph.static_length is not None:
+        fired |= make_static(model, profile.graph.static_length)
+    else:
+        model.opset_imports["com.microsoft"] = 1
     model.producer_name = "compress"
     model.producer_version = None
     graph.name = plan.model_type

@@ -9,7 +9,8 @@ Range found by calibration, in standard operators that every provider fuses to i
     x' = DequantizeLinear(QuantizeLinear(x, s, z), s, z)
     y  = Add(MatMul(x', DequantizeLinear(codes, scales, axis=1)), bias)
 
-Query, key and value are one linear: nothing else here reads a value twice.
+Query, key and value are one linear: nothing else here reads a value twice. Without a range of its own (``graph/
+quantize_activations.py`` gives every tensor one later) the product reads x as it is.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def _static(
     weights: Weights, fate: Fate, bias: ir.Value | None, source: ir.Value, before: ir.Node, output: ir.Value
 ) -> None:
     graph, by_name = weights.graph, weights.plan.by_name
-    scale, zero_point = (weights.value(by_name[f"{fate.name}.{part}"].stored[0]) for part in INPUT_RANGE)
     codes, rounded, weight = (ir.Value(name=f"{output.name}/{part}") for part in ("codes", "rounded", "weight"))
-    node(graph, before, "QuantizeLinear", [source, scale, zero_point], [codes])
-    node(graph, before, "DequantizeLinear", [codes, scale, zero_point], [rounded])
+    if f"{fate.name}.{INPUT_RANGE[0]}" in by_name:
+        scale, zero_point = (weights.value(by_name[f"{fate.name}.{part}"].stored[0]) for part in INPUT_RANGE)
+        node(graph, before, "QuantizeLinear", [source, scale, zero_point], [codes])
+        node(graph, before, "DequantizeLinear", [codes, scale, zero_point], [rounded])
+    else:
+        rounded = source
     stored = [weights.part(fate, "codes"), weights.part(fate, "scales")]
     node(graph, before, "DequantizeLinear", stored, [weight], axis=1)
     product = output if bias is None else ir.Value(name=f"{output.name}/product")

@@ -11,6 +11,10 @@ Before, tanh form (eight nodes)::
 After::
 
     y = com.microsoft.Gelu(x)        y = com.microsoft.FastGelu(x)
+
+or, in standard operators (opset 20 and later)::
+
+    y = Gelu(x)                      y = Gelu(x, approximate="tanh")
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from compress.graph.rules._edit import drop, node, number, producer, supersede
 _CLOSE = 1e-4
 
 
-def apply(graph: ir.Graph, *, tanh: bool = False) -> int:
+def apply(graph: ir.Graph, *, tanh: bool = False, standard: bool = False) -> int:
     """Fuse every GELU; returns how many. ``tanh`` makes exact ones tanh forms: 5e-4 apart at most, and faster."""
     count = 0
     for last in list(graph):
@@ -37,7 +41,11 @@ def apply(graph: ir.Graph, *, tanh: bool = False) -> int:
             source, dead = found
             old = last.outputs[0]
             fused = ir.Value(name=f"{old.name}/fused", shape=old.shape, type=old.type)
-            node(graph, last, op_type, [source], [fused], domain="com.microsoft")
+            if standard:
+                form = {"approximate": "tanh"} if op_type == "FastGelu" else {}
+                node(graph, last, "Gelu", [source], [fused], **form)
+            else:
+                node(graph, last, op_type, [source], [fused], domain="com.microsoft")
             supersede(old, fused)
             drop(graph, dead)
             count += 1

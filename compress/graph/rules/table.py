@@ -3,20 +3,26 @@
 Before: ``Gather(weight, ids)``.
 After:  ``com.microsoft.GatherBlockQuantized(codes, ids, scales, zero_points?)``.
 
+In standard operators (``standard``), for graphs whose every tensor is of integers later::
+
+    y = Mul(Gather(DequantizeLinear(codes, 1, 128), ids), Gather(scales, ids))
+
 A tied table's codes are stored once: here they are read as [V, bytes], by the head as [V, blocks, bytes a block].
 A table that stays float32 keeps its Gather.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from compress.errors import CompressError
-from compress.graph.rules._edit import Weights, drop, forget, node
-from compress.plan import Plan
+from compress.errors import CompressError, UsageError
+from compress.graph.rules._edit import Weights, constant, drop, forget, node
+from compress.plan import Fate, Plan
+from compress.quantize.scheme import zero_code
 
 
-def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
+def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, standard: bool = False) -> int:
     """Replace every table of the plan; returns how many."""
     for table in plan.structure.tables:
         fate = plan.by_name[table.name]
@@ -29,6 +35,9 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
         if fate.scheme is None:
             gather.replace_input_with(0, weights.value(fate.stored[0]))
             forget(graph, old)
+            continue
+        if standard:
+            _rows(graph, fate, weights, gather)
             continue
         output = ir.Value(name=gather.outputs[0].name)
         inputs = [weights.part(fate, "codes"), gather.inputs[1], weights.scales(fate, gather)]
@@ -50,6 +59,35 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
         ir.convenience.replace_all_uses_with(gather.outputs[0], output)
         drop(graph, [gather])
     return len(plan.structure.tables)
+
+
+def _rows(graph: ir.Graph, fate: Fate, weights: Weights, gather: ir.Node) -> None:
+    """Gather rows of bytes, and each row's scale.
+
+    Raises:
+        UsageError: A row has several scales, or zero points.
+    """
+    scheme, codes, scales = fate.scheme, fate.part("codes"), fate.part("scales")
+    assert scheme is not None and codes is not None and scales is not None
+    if scheme.bits != 8 or scheme.block_size or not scheme.symmetric or scales.dtype != "float32":
+        raise UsageError(
+            "a table of a graph in standard operators has symmetric bytes and one float32 scale a row",
+            where=fate.name,
+            hint="--set quantize.roles.embedding.bits=8 --set quantize.roles.embedding.block_size=0",
+        )
+    old, ids = gather.outputs[0], gather.inputs[1]
+    whole, rows, scale, output = (
+        ir.Value(name=f"{fate.name}/{part}", type=ir.TensorType(ir.DataType.FLOAT))
+        for part in ("whole", "rows", "row_scale", "output")
+    )
+    one = constant(graph, "table/one", np.array(1, np.float32))
+    middle = constant(graph, "table/middle", np.array(zero_code(8), np.uint8))
+    node(graph, gather, "DequantizeLinear", [weights.value(codes), one, middle], [whole])
+    node(graph, gather, "Gather", [whole, ids], [rows], axis=0)
+    node(graph, gather, "Gather", [weights.value(scales), ids], [scale], axis=0)
+    node(graph, gather, "Mul", [rows, scale], [output])
+    ir.convenience.replace_all_uses_with(old, output)
+    drop(graph, [gather])
 
 
 def _covering(columns: int) -> int:
