@@ -25,11 +25,15 @@ from compress.validate.protocol import Json
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[float], None]
 
+#: Outputs with one number a token; others with something for each token have an axis more than those a text.
+_TOKEN_NUMBERS = ("start_logits", "end_logits")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Encoder:
     """A session of an encoder, by its inputs' and outputs' names alone.
+
+    A graph of static shapes ``[1, length]`` is given text by text, padded to its length.
 
     Raises:
         CompressError: The graph's inputs are not an encoder's.
@@ -39,6 +43,8 @@ class Encoder:
         self._session = session
         self._inputs = [value.name for value in session.get_inputs()]
         self.outputs = [value.name for value in session.get_outputs()]
+        first = session.get_inputs()[0].shape
+        self._length = first[1] if all(isinstance(size, int) for size in first) else None
         unknown, missing = sorted(set(self._inputs) - set(_INPUTS)), sorted({"input_ids"} - set(self._inputs))
         if unknown or missing:
             raise CompressError(
@@ -48,8 +54,25 @@ class Encoder:
     def run(self, batch: Batch, names: list[str]) -> list[npt.NDArray[Any]]:
         """Return the named outputs for a batch."""
         feeds = dict(zip(_INPUTS, (batch.ids, batch.mask, batch.types), strict=True))
-        found: list[npt.NDArray[Any]] = self._session.run(names, {name: feeds[name] for name in self._inputs})
-        return found
+        given = {name: feeds[name] for name in self._inputs}
+        found: list[npt.NDArray[Any]]
+        if self._length is None:
+            found = self._session.run(names, given)
+            return found
+        size = batch.ids.shape[1]
+        if size > self._length:
+            raise CompressError(f"a sequence of {size} tokens is longer than the graph's {self._length}")
+        padding = ((0, 0), (0, self._length - size))
+        wide = {name: np.pad(array, padding) for name, array in given.items()}
+        rows = [
+            self._session.run(names, {name: array[row : row + 1] for name, array in wide.items()})
+            for row in range(len(batch.ids))
+        ]
+        found = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+        return [
+            array[:, :size] if array.ndim > 2 or name in _TOKEN_NUMBERS else array
+            for name, array in zip(names, found, strict=True)
+        ]
 
 
 def rows_of(task: str, outputs: Mapping[str, npt.NDArray[Any]], batch: Batch) -> FloatArray:
