@@ -342,7 +342,7 @@ def build(
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
         for target in _targets(profile):
             if target.applies(plan.structure):
-                target.write(directory, plan.structure, checkpoint, inputs=inputs)
+                target.write(directory, plan.structure, checkpoint, inputs=inputs, options=profile.provider_options)
     return Built(graph.fired, record)
 
 

@@ -1,8 +1,9 @@
 """Packaging: the data file, the manifest, and one file a target.
 
 A target is a module of this package that defines ``TARGET``, its name in profiles, ``applies(structure)``,
-``check(checkpoint)`` and ``write(directory, structure, checkpoint, *, inputs)``; it is found by being here. A model
-that no target of its profile applies to is a plain directory for onnxruntime.
+``check(checkpoint)`` and ``write(directory, structure, checkpoint, *, inputs, options)`` (the profile's
+``provider_options``); it is found by being here. A model that no target of its profile applies to is a plain directory
+for onnxruntime.
 """
 
 from __future__ import annotations

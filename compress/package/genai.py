@@ -39,7 +39,14 @@ def check(checkpoint: Checkpoint) -> None:
     read_generation(checkpoint)
 
 
-def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: tuple[str, ...]) -> None:
+def write(
+    directory: Path,
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    *,
+    inputs: tuple[str, ...],
+    options: Mapping[str, str] | None = None,
+) -> None:
     """Write ``genai_config.json``.
 
     Args:
@@ -47,6 +54,7 @@ def write(directory: Path, decoder: Decoder, checkpoint: Checkpoint, *, inputs: 
         decoder: Sizes of the model.
         checkpoint: Its config and generation config name the special tokens.
         inputs: The graph's input names.
+        options: Not read: the graph runs on whatever provider the user chooses.
     """
     special, search = read_generation(checkpoint)
     eos = special["eos_token_id"]

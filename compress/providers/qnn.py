@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.contracts import Evidence, Scheme
 from compress.environments import Environment
-from compress.errors import UsageError, did_you_mean
+from compress.errors import ProviderError, UsageError, did_you_mean
 from compress.providers._plugin import PluginProvider
 
 #: What a chip is called, and QNN's number of it (``QnnHtpDevice``'s SoC models).
@@ -29,6 +29,8 @@ SOC_MODELS: Mapping[str, int] = {
     "SM8850": 87,
 }
 DEFAULT_SOC = "SM8750"
+#: Key of the chip's name in the metadata of a graph that was compiled for one.
+SOC_KEY = "soc_model"
 
 
 def soc_model(name: str) -> str:
@@ -42,6 +44,19 @@ def soc_model(name: str) -> str:
     if name.upper() not in SOC_MODELS:
         raise UsageError(f"unknown soc_model {name!r}", hint=did_you_mean(name, SOC_MODELS))
     return str(SOC_MODELS[name.upper()])
+
+
+def soc_name(given: str) -> str:
+    """Return a chip's name, given its name or number.
+
+    Raises:
+        UsageError: No such chip is known.
+    """
+    number = soc_model(given)
+    name = next((name for name, known in SOC_MODELS.items() if str(known) == number), None)
+    if name is None:
+        raise UsageError(f"unknown soc_model {given!r}", hint=f"known: {', '.join(SOC_MODELS)}")
+    return name
 
 
 class QnnProvider(PluginProvider):
@@ -84,7 +99,17 @@ class QnnProvider(PluginProvider):
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
         """Start the session; chips may be called by their names."""
         numbered = {**provider_options, "soc_model": soc_model(provider_options["soc_model"])}
-        return super().start(ort, model, options, numbered)
+        session = super().start(ort, model, options, numbered)
+        # The simulator would run it; a device would not, and says less about why.
+        compiled_for = session.get_modelmeta().custom_metadata_map.get(SOC_KEY)
+        if compiled_for is not None and soc_model(compiled_for) != numbered["soc_model"]:
+            raise ProviderError(
+                f"the context binary is for another chip: compiled for {compiled_for}, asked to run on "
+                f"{provider_options['soc_model']}",
+                where=str(model),
+                hint="compile it for this chip, or name the chip it is for: soc_model",
+            )
+        return session
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why HTP cannot run a scheme, or ``None``."""
