@@ -557,7 +557,8 @@ class StaticallyChecked(Protocol):
     """A provider whose operators are known where it cannot run: a graph can be read with them."""
 
     def static_placement(self, model: Path) -> Mapping[str, Any]:
-        """Return the placement that operator lists foretell: ``provider``, ``nodes_total``, ``nodes_on_provider``,
-        ``fallback_nodes``; called in a worker of this Python.
+        """Return the placement that operator lists foretell; called in a worker of this Python.
+
+        Its keys are ``provider``, ``nodes_total``, ``nodes_on_provider``, ``fallback_nodes``.
         """
         ...

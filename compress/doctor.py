@@ -91,7 +91,9 @@ def text(found: Sequence[Diagnosis]) -> str:
         shown = ", ".join(f"{name} {version}" for name, version in item.versions.items() if name != "numpy")
         rows.append((item.provider, item.evidence, item.device or f"none: {item.reason}", shown))
     widths = [max(len(row[column]) for row in rows if row[3] or column < 2) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    ]
     remedies = [f"{item.provider}: {item.remedy}" for item in found if not item.works and item.remedy]
     return "\n".join(lines + ([""] if remedies else []) + remedies) + "\n"
 
@@ -113,9 +115,7 @@ def write_probe(path: Path) -> tuple[dict[str, list[list[float]]], np.typing.NDA
     y = total.outputs[0]
     y.name, y.type, y.shape = "y", x.type, ir.Shape([2, _WIDTH])
     product.outputs[0].name = "p"
-    graph = ir.Graph(
-        [x], [y], nodes=[product, total], initializers=[table], opset_imports={"": 17}, name="probe"
-    )
+    graph = ir.Graph([x], [y], nodes=[product, total], initializers=[table], opset_imports={"": 17}, name="probe")
     ir.save(ir.Model(graph, ir_version=8), path)
     return {"x": given.tolist()}, given.astype(np.float64) @ weight.astype(np.float64) + given
 

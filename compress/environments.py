@@ -74,7 +74,15 @@ class Environment:
         say(f"{self.name}: making {self.folder}")
         run([sys.executable, "-m", "venv", str(self.folder)], what="the environment cannot be made")
         say(f"{self.name}: installing {', '.join(self.requirements)}")
-        pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--only-binary=:all:"]
+        pip = [
+            str(self.python),
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+            "--only-binary=:all:",
+        ]
         run([*pip, *self.requirements], what=f"pip cannot install {', '.join(self.requirements)}")
         (self.folder / _STAMP).write_text("\n".join(self.requirements) + "\n")
 

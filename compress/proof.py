@@ -7,12 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress import checks, pipeline, pooling, providers, resources
+from compress import checks, pipeline, pooling, resources
 from compress.contracts import Checkpoint, Encoder
-from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, ProviderError, UsageError
+from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
 from compress.package.writer import require_space
 from compress.plan import Plan, make_plan
@@ -24,7 +25,7 @@ from compress.report import json as report_json
 from compress.report import model as report
 from compress.report.environment import environment
 from compress.source.sentence_transformers import Pooling
-from compress.validate import text
+from compress.validate import on_provider, text
 from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.memory import check_memory
 from compress.validate.protocol import CheckpointSpec
@@ -56,7 +57,7 @@ def prove(
         CompressError: The text or the source cannot be read, or there is no room for the measurement.
     """
     names = tuple(provider_names) or (profile.provider,)
-    require_providers(names)
+    on_provider.require(names)
     with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
         shared: dict[str, Any] = {
             "checkpoint_spec": CheckpointSpec(model.resolved, model.adapter, model.revision, model.wanted_task),
@@ -69,6 +70,9 @@ def prove(
             "pytorch_baseline": "pytorch" in profile.validation.baselines,
             "progress": progress,
             "memory_cap": options.max_memory,
+            "terms": on_provider.Terms(
+                {profile.provider: profile.provider_options}, profile.validation.allowed_fallback
+            ),
         }
         if isinstance(plan.structure, Encoder):
             pool = pooling.resolve(plan.structure, profile, checkpoint)
@@ -96,6 +100,7 @@ def prove(
         drift=result.drift,
         speed=result.speed,
         placement=result.placement,
+        providers=result.providers,
         stages=(*before, *result.stages),
         fusions=dict(fusions),
         environment=environment(),
@@ -215,10 +220,11 @@ def validate_artifact(
 
 
 def exit_code(made: Mapping[str, Any]) -> int:
-    """Return 0 for a pass, 4 when nodes fell back to another provider, 3 for any other failure."""
+    """Return 0 for a pass, 4 when a provider failed or left nodes to another one, 3 for any other failure."""
     if made["verdict"]["status"] == "pass":
         return EXIT_OK
-    return EXIT_PROVIDER if any(item["fallback_nodes"] for item in made["placement"]) else EXIT_OUTSIDE_BUDGET
+    at_fault = any(item["state"] in ("fell_back", "failed") for item in made["providers"])
+    return EXIT_PROVIDER if at_fault else EXIT_OUTSIDE_BUDGET
 
 
 def bench_artifact(
@@ -245,8 +251,10 @@ def bench_artifact(
             f"{opened.context_length}",
             hint="lower --prompt-tokens or --new-tokens",
         )
-    names = tuple(providers) or (_profile_provider(artifact),)
-    require_providers(names)
+    recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
+    names = tuple(providers) or (recipe.provider,)
+    on_provider.require(names)
+    opened = replace(opened, provider_options={recipe.provider: recipe.provider_options})
     plan = SpeedPlan(prompt_tokens, new_tokens, repeats, threads or os.cpu_count() or 1)
     speeds = [measure_speed(opened, name, {}, plan, lambda fraction: None) for name in names]
     return {
@@ -263,7 +271,8 @@ def _bench_encoder(
 
     recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
     names = tuple(wanted) or (recipe.provider,)
-    require_providers(names)
+    on_provider.require(names)
+    opened = replace(opened, provider_options={recipe.provider: recipe.provider_options})
     plan = EncoderSpeedPlan(recipe.validation.lengths, recipe.validation.batches, repeats, threads)
     speeds = [measure_encoder_speed(opened, name, {}, plan, lambda fraction: None) for name in names]
     return {
@@ -271,18 +280,6 @@ def _bench_encoder(
         "speed": [speed.model_dump(mode="json") for speed in speeds],
         "environment": environment().model_dump(mode="json"),
     }
-
-
-def require_providers(names: Sequence[str]) -> None:
-    """Refuse providers that do not work here.
-
-    Raises:
-        ProviderError: With the reason and the remedy; exit code 4.
-    """
-    for name in names:
-        usable, reason = providers.load(name).available()
-        if not usable:
-            raise ProviderError(f"the {name} provider does not work here", hint=reason)
 
 
 @contextlib.contextmanager
@@ -344,7 +341,3 @@ def _check_same(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
             where=checkpoint.reference,
             hint="give the source model with --reference",
         )
-
-
-def _profile_provider(artifact: Path) -> str:
-    return str(manifest.read_manifest(artifact)["profile"].get("provider", "cpu"))

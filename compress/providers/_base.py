@@ -117,9 +117,7 @@ class OrtProvider:
 
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
         """Start the session."""
-        return ort.InferenceSession(
-            str(model), options, providers=[(self.onnxruntime_name, dict(provider_options))]
-        )
+        return ort.InferenceSession(str(model), options, providers=[(self.onnxruntime_name, dict(provider_options))])
 
     def opened(self, model: Path, start: Callable[[Any], Any]) -> Any:  # noqa: ANN401
         """Return what ``start(onnxruntime)`` returns, its failures in our words.

@@ -54,8 +54,11 @@ class CoreMlProvider(OrtProvider):
         graph = onnx.load(model, load_external_data=False)
         found = usability_checker.check_coreml_partitions(graph, False, _LIST)
         unknown = {item.rpartition(":")[2] for item in found.unsupported_ops}
-        nodes = [f"{node.name} ({node.op_type}) has no operator in CoreML" for node in graph.graph.node
-                 if node.op_type in unknown]
+        nodes = [
+            f"{node.name} ({node.op_type}) has no operator in CoreML"
+            for node in graph.graph.node
+            if node.op_type in unknown
+        ]
         return {
             "provider": self.name,
             "nodes_total": found.num_nodes,

@@ -65,7 +65,9 @@ class OpenVinoProvider(PluginProvider):
             )
         rest = dict(provider_options)
         wanted = rest.pop(_DEVICE_TYPE, "CPU")
-        offered = {dict(device.ep_metadata).get(_METADATA, device.device.type.name): device for device in self.devices()}
+        offered = {
+            dict(device.ep_metadata).get(_METADATA, device.device.type.name): device for device in self.devices()
+        }
         if wanted not in offered:
             raise ProviderError(f"OpenVINO offers no device {wanted}", hint=f"it offers {', '.join(offered) or 'none'}")
         options.add_provider_for_devices([offered[wanted]], rest)

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 SCHEMA_VERSION = 1
 
+Evidence = Literal["measured", "simulated", "emulated", "static", "none"]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -185,7 +187,7 @@ class Speed(_Strict):
 
     provider: str
     device: str
-    evidence: Literal["measured", "simulated", "emulated", "static", "none"]
+    evidence: Evidence
     threads: int
     prompt_tokens: int
     new_tokens: int
@@ -240,7 +242,7 @@ class EncoderSpeed(_Strict):
 
     provider: str
     device: str
-    evidence: Literal["measured", "simulated", "emulated", "static", "none"]
+    evidence: Evidence
     threads: int
     repeats: int
     load_seconds: float
@@ -339,6 +341,29 @@ AnyDrift = Annotated[
     Annotated[DecoderDrift, Tag("decoder")] | Annotated[EncoderDrift, Tag("encoder")],
     Discriminator(lambda value: _kind("task", value)),
 ]
+
+
+class ProviderVerdict(_Strict):
+    """One provider's share of the proof.
+
+    ``state``: ``ran``; ``fell_back`` (nodes that the profile does not allow ran elsewhere); ``failed`` (the provider
+    refused the graph, crashed or hung); ``checked`` (only the operators were looked up). ``drift`` is against the
+    source, ``drift_from_cpu`` against the same artifact on the CPU provider, ``None`` with the reason in
+    ``not_measured``.
+    """
+
+    provider: str
+    device: str | None
+    evidence: Evidence
+    state: Literal["ran", "fell_back", "failed", "checked"]
+    verdict: Verdict
+    placement: Placement | None = None
+    drift: AnyDrift | None = None
+    drift_from_cpu: AnyDrift | None = None
+    not_measured: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
 AnySpeed = Annotated[
     Annotated[Speed, Tag("decoder")] | Annotated[EncoderSpeed, Tag("encoder")],
     Discriminator(lambda value: _kind("points", value)),
@@ -386,6 +411,7 @@ class Report(_Strict):
     drift: AnyDrift | None = None
     speed: tuple[AnySpeed, ...] = ()
     placement: tuple[Placement, ...] = ()
+    providers: tuple[ProviderVerdict, ...] = ()
     fusions: dict[str, int] = Field(default_factory=dict)
     allocation: Allocation | None = None
     calibration: Calibration | None = None

@@ -21,6 +21,7 @@ from compress.report.model import (
     EncoderSpeed,
     Latency,
     MeasuredPoint,
+    ProviderVerdict,
     Rate,
     Report,
     Size,
@@ -40,12 +41,8 @@ def show(report: Report, console: Console) -> None:
         _show_calibration(report.calibration, console)
     for speed in report.speed:
         _print(console, f"speed on {speed.provider} ({speed.evidence}, {speed.threads} threads)", speed_rows(speed))
-    if report.placement:
-        _print(
-            console,
-            "placement",
-            ((item.provider, f"{item.nodes_on_provider} of {item.nodes_total} nodes") for item in report.placement),
-        )
+    if report.providers:
+        _print(console, "providers", provider_rows(report.providers))
     if report.allocation is not None:
         _show_allocation(report.allocation, console)
     if report.fusions:
@@ -56,6 +53,24 @@ def show(report: Report, console: Console) -> None:
             for s in report.stages
         )
         _print(console, "stages (time, peak memory)", peaks)
+
+
+def provider_rows(found: Iterable[ProviderVerdict]) -> list[tuple[str, str]]:
+    """Return a line a provider: where it ran, what that proves, how many nodes it took, how far it is from the CPU."""
+    rows = []
+    for item in found:
+        parts = [item.state.replace("_", " "), item.evidence]
+        if item.placement is not None:
+            parts.append(f"{item.placement.nodes_on_provider} of {item.placement.nodes_total} nodes")
+        far = item.drift_from_cpu
+        if isinstance(far, DecoderDrift):
+            parts.append(f"KL {far.kl_divergence.mean:.2g} from cpu")
+        elif isinstance(far, EncoderDrift) and far.cosine is not None:
+            parts.append(f"cosine {far.cosine.mean:.6f} to cpu")
+        elif isinstance(far, EncoderDrift) and far.label_agreement is not None:
+            parts.append(f"{far.label_agreement:.1%} of labels as on cpu")
+        rows.append((item.provider, ", ".join(parts) + (f"; {item.device}" if item.device else "")))
+    return rows
 
 
 def show_verdict(verdict: Verdict, console: Console) -> None:

@@ -26,6 +26,7 @@ class Artifact:
         context_length: The most positions the model knows, ``None`` if its config does not say.
         task: Its task's name in :mod:`compress.tasks`.
         config: Its ``config.json``.
+        provider_options: Options that providers are started with, as text, by provider.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Artifact:
     context_length: int | None
     task: str = DECODING
     config: Mapping[str, Any] = field(default_factory=dict)
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def pad_id(self) -> int:

@@ -16,8 +16,9 @@ from compress.validate.encoded import Encoded, pack
 from compress.validate.encoder_speed import EncoderSpeedPlan
 from compress.validate.labels import Labels, label_names
 from compress.validate.logits import LogitsFile, check_disk
+from compress.validate.on_provider import run_artifact
 from compress.validate.protocol import Json, run_worker
-from compress.validate.run import CheckpointSpec, Progress, run_artifact, since
+from compress.validate.run import CheckpointSpec, Progress, output_of, since
 
 DEFAULT_MAX_LENGTH = 256
 UNITS = {"token-classification": "tokens", "fill-mask": "masked positions"}
@@ -116,13 +117,8 @@ def measure_drift(
     Raises:
         CompressError: The worker failed, or outputs are not finite or not the source model's in shape.
     """
-    output, labelled = work / "artifact.npy", work / "artifact-labels.npy"
-    jobs = [_job(artifact, reference.drift, output)]
-    if reference.labelled is not None:
-        jobs.append(_job(artifact, reference.labelled, labelled))
-    response = run_artifact(
-        artifact, provider, jobs, plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
-    )
+    output, labelled = output_of(work, provider), work / "artifact-labels.npy"
+    response = run_drift(artifact, provider, reference, output, plan, progress, labelled)
     found = compare(artifact, provider, reference, output)
     if reference.labels is None or reference.labelled is None:
         return found, response
@@ -135,6 +131,24 @@ def measure_drift(
         max_length=reference.labelled.max_length,
     )
     return found.model_copy(update={"task_accuracy": accuracy}), response
+
+
+def run_drift(
+    artifact: Artifact,
+    provider: str,
+    reference: Reference,
+    output: Path,
+    plan: EncoderSpeedPlan,
+    progress: Progress,
+    labelled: Path | None = None,
+) -> Json:
+    """Write an artifact's outputs for the drift texts and, where ``labelled`` says where to, for the labelled ones."""
+    jobs = [_job(artifact, reference.drift, output)]
+    if reference.labelled is not None and labelled is not None:
+        jobs.append(_job(artifact, reference.labelled, labelled))
+    return run_artifact(
+        artifact, provider, jobs, plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
+    )
 
 
 def compare(artifact: Artifact, provider: str, reference: Reference, output: Path) -> EncoderDrift:

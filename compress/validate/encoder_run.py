@@ -10,25 +10,28 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compress.errors import CompressError, UsageError
-from compress.report.model import EncoderDrift, Placement, Stage
+from compress.report.model import EncoderDrift, Stage
 from compress.validate.artifact import DECODING, Artifact, open_artifact
-from compress.validate.encoder_measure import Reference, Source, make_reference, measure_drift
+from compress.validate.encoder_measure import Reference, Source, compare, make_reference, measure_drift, run_drift
 from compress.validate.encoder_speed import EncoderSpeedPlan, measure_encoder_speed
 from compress.validate.gate import judge
 from compress.validate.labels import Labels, read_labels
+from compress.validate.on_provider import REFERENCE, Terms, check_statically, run_artifact, runtime_of
 from compress.validate.run import (
     CheckpointSpec,
     Measured,
     Progress,
     Validation,
     one_line,
-    run_artifact,
+    output_of,
     scratch_directory,
     since,
-    verdict,
+    skip_speed,
+    verdicts,
 )
 from compress.validate.speed import Baselined, Contender, float_contender
 
@@ -58,6 +61,7 @@ def run_encoder_validation(
     progress: Progress = lambda stage, fraction: None,
     memory_cap: int | None = None,
     speed_plan: EncoderSpeedPlan | None = None,
+    terms: Terms = Terms(),  # noqa: B008 - frozen
 ) -> Validation:
     """Measure an encoder's artifact and judge it.
 
@@ -85,6 +89,7 @@ def run_encoder_validation(
         memory_cap: The most bytes that the source model or a baseline may take.
         speed_plan: All of the speed measurement's settings but threads; it replaces ``lengths``, ``batches``,
             ``repeats``.
+        terms: Provider options, and what may fall back.
 
     Returns:
         The measures and the verdict.
@@ -94,7 +99,7 @@ def run_encoder_validation(
         ResourceError: The source model does not fit into memory, or outputs do not fit on the disk.
         CompressError: The artifact directory or the source model cannot be read.
     """
-    opened = open_artifact(artifact)
+    opened = replace(open_artifact(artifact), provider_options=terms.options)
     if opened.task == DECODING:
         raise UsageError("this artifact is a decoder", where=str(artifact))
     judge(budgets, {}, task=opened.task)  # an unknown budget is told before work starts
@@ -121,8 +126,10 @@ def run_encoder_validation(
             source if pytorch_baseline else None, float_baseline, float_baseline_reason, memory_cap, name
         )
         _measure_speed(opened, name, contenders, measured, plan, stages, progress)
+    judged, each = verdicts(budgets, results, opened.bytes, terms, task=opened.task)
     return Validation(
-        verdict=verdict(budgets, results, opened.bytes, task=opened.task),
+        verdict=judged,
+        providers=each,
         drift=next((measured.drift for measured in results.values() if measured.drift), None),
         speed=tuple(measured.speed for measured in results.values() if measured.speed),
         placement=tuple(measured.placement for measured in results.values() if measured.placement),
@@ -157,8 +164,11 @@ def measure_graph(
     """Fill in drift and task accuracy (with a reference), and placement."""
     start = time.perf_counter()
     every = (*DRIFT_MEASURES, *ACCURACY_MEASURES)
+    static = runtime_of(provider) is None
     try:
-        if reference is None:
+        if static:
+            response = check_statically(artifact, provider, plan.timeout)
+        elif reference is None:
             report = lambda fraction: progress("placement", fraction)  # noqa: E731
             response = run_artifact(artifact, provider, [], plan.threads, plan.timeout, report)
         else:
@@ -166,16 +176,42 @@ def measure_graph(
     except UsageError:
         raise
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {one_line(error)}")
+        measured.fail(provider, error)
         measured.missing |= dict.fromkeys(every, "the run failed")
         return
     stages.append(Stage(name=f"drift on {provider}", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
-    measured.placement = Placement.model_validate(response["placement"])
+    measured.note(response)
+    if isinstance(measured.drift, EncoderDrift) and reference is not None and provider != REFERENCE:
+        _measure_from_cpu(artifact, provider, reference, measured, plan, work, progress)
     if not isinstance(measured.drift, EncoderDrift):
-        measured.missing |= dict.fromkeys(every, "no reference model was given")
+        measured.missing |= dict.fromkeys(
+            every, "only the operators were looked up" if static else "no reference model was given"
+        )
         return
     measured.numbers |= numbers(measured.drift)
     measured.missing |= dict.fromkeys(ACCURACY_MEASURES, "no labelled examples were given, see --eval-labels")
+
+
+def _measure_from_cpu(
+    artifact: Artifact,
+    provider: str,
+    reference: Reference,
+    measured: Measured,
+    plan: EncoderSpeedPlan,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Fill in how far a provider is from the CPU provider on the same graph: what it alone is to blame for."""
+    base = output_of(work, REFERENCE)
+    try:
+        if not base.exists():
+            run_drift(artifact, REFERENCE, reference, base, plan, progress)
+        source = replace(reference.drift, outputs=base)
+        found = compare(artifact, provider, replace(reference, drift=source), output_of(work, provider))
+    except CompressError as error:
+        measured.not_measured["drift_from_cpu"] = one_line(error)
+        return
+    measured.drift_from_cpu = found.model_copy(update={"reference": "the same artifact on the cpu provider"})
 
 
 def numbers(drift: EncoderDrift) -> dict[str, float | None]:
@@ -221,13 +257,16 @@ def _measure_speed(
     if measured.failures:  # it does not run; the reason is known
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
+    if measured.evidence != "measured":
+        skip_speed(measured, contenders)
+        return
     start = time.perf_counter()
     try:
         speed = measure_encoder_speed(
             artifact, provider, contenders, plan, lambda fraction: progress("speed", fraction)
         )
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {one_line(error)}")
+        measured.fail(provider, error)
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
     stages.append(Stage(name=f"speed on {provider}", seconds=since(start), peak_rss_bytes=speed.peak_rss_bytes))

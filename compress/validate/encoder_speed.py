@@ -50,6 +50,7 @@ class _Times:
     load: list[float] = field(default_factory=list)
     peak: int = 0
     evidence: str = "none"
+    device: str = ""
 
 
 def points_of(artifact: Artifact, plan: EncoderSpeedPlan) -> list[Shape]:
@@ -86,7 +87,9 @@ def measure_encoder_speed(
         CompressError: The artifact itself cannot run.
     """
     contenders: dict[str, Contender] = {str(name): item for name, item in baselines.items()}
-    contenders["artifact"] = artifact_contender(artifact.model, artifact.session_options, provider)
+    contenders["artifact"] = artifact_contender(
+        artifact.model, artifact.session_options, provider, artifact.provider_options.get(provider)
+    )
     times = {name: _Times() for name in contenders}
     points = points_of(artifact, plan)
     job = {
@@ -109,12 +112,13 @@ def _round(
 ) -> None:
     """Run one contender once and note its times."""
     request = {**contender.request, "threads": plan.threads, "jobs": [job]}
-    response = run_worker(contender.module, request, timeout=plan.timeout)
+    response = run_worker(contender.module, request, timeout=plan.timeout, runtime=contender.runtime)
     for point, seconds in zip(points, response["results"][0]["seconds"], strict=True):
         times.runs.setdefault(point, []).extend(seconds)
     times.load.append(response["load_seconds"])
     times.peak = max(times.peak, response["peak_rss_bytes"])
     times.evidence = response.get("evidence", "measured")
+    times.device = response.get("device", "")
 
 
 def _speed(
@@ -134,7 +138,7 @@ def _speed(
     return EncoderSpeed.model_validate(
         {
             "provider": provider,
-            "device": environment().cpu,
+            "device": own.device or environment().cpu,
             "evidence": own.evidence,
             "threads": plan.threads,
             "repeats": plan.repeats,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -25,14 +25,17 @@ from compress.report.model import (
     Divergence,
     Estimate,
     EvaluationText,
+    Evidence,
     Placement,
+    ProviderVerdict,
     Stage,
     Verdict,
 )
-from compress.validate import drift, text
+from compress.validate import drift, on_provider, text
 from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.gate import judge
 from compress.validate.logits import LogitsFile, check_disk
+from compress.validate.on_provider import REFERENCE, Terms, run_artifact
 from compress.validate.protocol import CheckpointSpec as CheckpointSpec
 from compress.validate.protocol import Json, run_worker
 from compress.validate.speed import Baselined, Contender, SpeedPlan, float_contender, measure_speed
@@ -52,11 +55,12 @@ class Validation:
     placement: tuple[Placement, ...]
     stages: tuple[Stage, ...]
     artifact_bytes: int
+    providers: tuple[ProviderVerdict, ...] = ()
 
 
 @dataclass
 class Measured:
-    """What the gate is told of one provider."""
+    """What the gate is told of one provider, and what the report says of it."""
 
     numbers: dict[str, float | None] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -64,6 +68,22 @@ class Measured:
     drift: AnyDrift | None = None
     placement: Placement | None = None
     speed: AnySpeed | None = None
+    drift_from_cpu: AnyDrift | None = None
+    device: str | None = None
+    evidence: Evidence = "none"
+    versions: dict[str, str] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
+    provider_failed: bool = False
+
+    def note(self, response: Json) -> None:
+        """Take over what a worker's answer says of the provider."""
+        self.placement = Placement.model_validate(response["placement"])
+        self.device, self.evidence, self.versions = response["device"], response["evidence"], response["versions"]
+
+    def fail(self, provider: str, error: CompressError) -> None:
+        """Take a failed run for a reason to fail."""
+        self.failures.append(f"on {provider}: {one_line(error)}")
+        self.provider_failed = self.provider_failed or on_provider.is_the_providers(provider, error)
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,7 @@ def run_validation(
     progress: Progress = lambda stage, fraction: None,
     speed_plan: SpeedPlan | None = None,
     memory_cap: int | None = None,
+    terms: Terms = Terms(),  # noqa: B008 - frozen
 ) -> Validation:
     """Measure an artifact and judge it.
 
@@ -111,6 +132,7 @@ def run_validation(
         progress: Called with a stage's name and the fraction of it that is done.
         speed_plan: Lengths and rounds; its threads are replaced by ``threads``. Default: 128 + 32 tokens, 3 rounds.
         memory_cap: The most bytes a baseline may take.
+        terms: Provider options, and what may fall back.
 
     Returns:
         The measures and the verdict.
@@ -120,7 +142,7 @@ def run_validation(
         ResourceError: The logits do not fit on the disk (``TMPDIR``, or else beside the artifact).
         CompressError: The artifact directory or the source model cannot be read.
     """
-    opened = open_artifact(artifact)
+    opened = replace(open_artifact(artifact), provider_options=terms.options)
     judge(budgets, {})  # an unknown budget is told before work starts
     plan = speed_plan or SpeedPlan()
     plan = SpeedPlan(plan.prompt_tokens, plan.new_tokens, plan.repeats, threads, plan.timeout)
@@ -132,6 +154,7 @@ def run_validation(
         reference = None
         if checkpoint_spec is not None:
             reference = make_reference(opened, checkpoint_spec, eval_text, tokens, window, plan, work, stages, progress)
+            check_disk(work, (len(results) + 1) * reference.windows.size * opened.vocab_size * 4)
         for name, measured in results.items():
             measure_graph(opened, name, reference, measured, plan, work, stages, progress)
     for name, measured in results.items():
@@ -139,8 +162,10 @@ def run_validation(
             checkpoint_spec if pytorch_baseline else None, float_baseline, float_baseline_reason, memory_cap, name
         )
         _measure_speed(opened, name, contenders, measured, plan, stages, progress)
+    judged, each = verdicts(budgets, results, opened.bytes, terms)
     return Validation(
-        verdict=verdict(budgets, results, opened.bytes),
+        verdict=judged,
+        providers=each,
         drift=next((measured.drift for measured in results.values() if measured.drift), None),
         speed=tuple(measured.speed for measured in results.values() if measured.speed),
         placement=tuple(measured.placement for measured in results.values() if measured.placement),
@@ -163,7 +188,7 @@ def make_reference(
     """Cut the text into windows and write the source model's logits for them into ``work``."""
     chosen = text.embedded("evaluation") if eval_text is None else text.from_file(eval_text, tokens)
     windows = text.windows(chosen, artifact.directory, length=window, tokens=tokens, vocab_size=artifact.vocab_size)
-    check_disk(work, 2 * windows.size * artifact.vocab_size * 4)
+    check_disk(work, windows.size * artifact.vocab_size * 4)
     path, output = work / "windows.npy", work / "reference.npy"
     np.save(path, windows)
     job = {"kind": "logits", "windows": str(path), "output": str(output)}
@@ -196,7 +221,7 @@ def measure_drift(
     some, steps = min(DECODE_WINDOWS, count), min(DECODE_STEPS, length // 2)
     some_path = work / "decoded-windows.npy"
     np.save(some_path, windows[:some])
-    output, decoded = work / "artifact.npy", work / "decoded.npy"
+    output, decoded = output_of(work, provider), work / "decoded.npy"
     jobs: list[Json] = [
         {"kind": "logits", "windows": str(reference.windows_path), "output": str(output)},
         {"kind": "cached_logits", "windows": str(some_path), "output": str(decoded), "prefill": length - steps},
@@ -224,23 +249,27 @@ def measure_graph(
 ) -> None:
     """Fill in drift (with a reference) and placement."""
     start = time.perf_counter()
+    static = on_provider.runtime_of(provider) is None
+    why = "only the operators were looked up" if static else "no reference model was given"
     try:
-        if reference is None:
-            why = "no reference model was given"
+        if static:
+            response = on_provider.check_statically(artifact, provider, plan.timeout)
+        elif reference is None:
             response = run_artifact(
                 artifact, provider, [], plan.threads, plan.timeout, lambda fraction: progress("placement", fraction)
             )
         else:
-            why = ""
             measured.drift, response = measure_drift(artifact, provider, reference, plan, work, progress)
     except UsageError:
         raise
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {one_line(error)}")
+        measured.fail(provider, error)
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), "the run failed")
         return
     stages.append(Stage(name=f"drift on {provider}", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
-    measured.placement = Placement.model_validate(response["placement"])
+    measured.note(response)
+    if isinstance(measured.drift, DecoderDrift) and reference is not None and provider != REFERENCE:
+        _measure_from_cpu(artifact, provider, reference, measured, plan, work, progress)
     if not isinstance(measured.drift, DecoderDrift):
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), why)
         return
@@ -249,6 +278,36 @@ def measure_graph(
         "top1_agreement": measured.drift.top1_agreement,
         "perplexity_ratio": measured.drift.perplexity_ratio.value,
     }
+
+
+def _measure_from_cpu(
+    artifact: Artifact,
+    provider: str,
+    reference: Reference,
+    measured: Measured,
+    plan: SpeedPlan,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Fill in how far a provider is from the CPU provider on the same graph: what it alone is to blame for."""
+    base = output_of(work, REFERENCE)
+    try:
+        if not base.exists():
+            job: Json = {"kind": "logits", "windows": str(reference.windows_path), "output": str(base)}
+            run_artifact(
+                artifact, REFERENCE, [job], plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
+            )
+        found = drift.measure(LogitsFile(base), LogitsFile(output_of(work, provider)), reference.windows)
+    except CompressError as error:
+        measured.not_measured["drift_from_cpu"] = one_line(error)
+        return
+    report = _report_drift(provider, reference, found, None)
+    measured.drift_from_cpu = report.model_copy(update={"reference": "the same artifact on the cpu provider"})
+
+
+def output_of(work: Path, provider: str) -> Path:
+    """Return where an artifact's outputs on a provider are kept while it is judged."""
+    return work / f"on-{provider}.npy"
 
 
 def _measure_speed(
@@ -264,11 +323,14 @@ def _measure_speed(
     if measured.failures:  # it does not run; the reason is known
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
+    if measured.evidence != "measured":
+        skip_speed(measured, contenders)
+        return
     start = time.perf_counter()
     try:
         speed = measure_speed(artifact, provider, contenders, plan, lambda fraction: progress("speed", fraction))
     except CompressError as error:
-        measured.failures.append(f"on {provider}: {one_line(error)}")
+        measured.fail(provider, error)
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
     stages.append(Stage(name=f"speed on {provider}", seconds=since(start), peak_rss_bytes=speed.peak_rss_bytes))
@@ -280,23 +342,63 @@ def _measure_speed(
     measured.missing |= {f"speedup_vs_{name}": item.skipped or "" for name, item in speed.baselines.items()}
 
 
-def verdict(
-    budgets: Mapping[str, float | None], results: Mapping[str, Measured], size: int, *, task: str = DECODING
-) -> Verdict:
-    """Judge every provider by itself; several providers' reasons are told apart by their names."""
-    reasons: list[str] = []
+def skip_speed(measured: Measured, contenders: Iterable[str]) -> None:
+    """Note why there is no speed: a simulator's or an emulator's time says nothing of the device's."""
+    why = f"time is not measured where the run is {measured.evidence}"
+    measured.not_measured["speed"] = why
+    measured.missing |= {f"speedup_vs_{name}": why for name in contenders}
+
+
+def verdicts(
+    budgets: Mapping[str, float | None],
+    results: Mapping[str, Measured],
+    size: int,
+    terms: Terms,
+    *,
+    task: str = DECODING,
+) -> tuple[Verdict, tuple[ProviderVerdict, ...]]:
+    """Judge every provider by itself; in the verdict of all, several providers' reasons are told apart by their names.
+
+    A budget on speed is the measured providers' where there is one: others cannot be judged by it.
+    """
+    timed = any(measured.evidence == "measured" for measured in results.values())
+    each, reasons = [], []
     for name, measured in results.items():
+        asked = dict(budgets)
+        if timed and measured.evidence in ("simulated", "emulated", "static"):
+            asked = {budget: limit for budget, limit in asked.items() if not budget.startswith("min_speedup")}
+        forbidden = terms.forbidden(measured.placement.fallback_nodes) if measured.placement else []
         judgement = judge(
-            budgets,
+            asked,
             {**measured.numbers, "bytes": float(size)},
             missing=measured.missing,
-            fallback={name: measured.placement.fallback_nodes} if measured.placement else {},
+            fallback={name: forbidden},
             decode_self_kl=_decode_self_kl(name, measured),
             failures=measured.failures,
             task=task,
         )
+        own = Verdict(status=judgement.status, reasons=judgement.reasons)
+        each.append(_provider_verdict(name, measured, own, bool(forbidden)))
         reasons += [reason if len(results) == 1 else f"{name}: {reason}" for reason in judgement.reasons]
-    return Verdict(status="fail" if reasons else "pass", reasons=tuple(reasons))
+    return Verdict(status="fail" if reasons else "pass", reasons=tuple(reasons)), tuple(each)
+
+
+def _provider_verdict(name: str, measured: Measured, own: Verdict, fell_back: bool) -> ProviderVerdict:
+    state: Literal["ran", "fell_back", "failed", "checked"] = "checked" if measured.evidence == "static" else "ran"
+    if measured.provider_failed or fell_back:
+        state = "failed" if measured.provider_failed else "fell_back"
+    return ProviderVerdict(
+        provider=name,
+        device=measured.device,
+        evidence=measured.evidence,
+        state=state,
+        verdict=own,
+        placement=measured.placement,
+        drift=measured.drift,
+        drift_from_cpu=measured.drift_from_cpu,
+        not_measured=measured.not_measured,
+        versions=measured.versions,
+    )
 
 
 def _decode_self_kl(name: str, measured: Measured) -> dict[str, float]:
@@ -312,25 +414,6 @@ def _decode_self_kl(name: str, measured: Measured) -> dict[str, float]:
     return {name: decode.self_kl_mean}
 
 
-def run_artifact(
-    artifact: Artifact,
-    provider: str,
-    jobs: list[Json],
-    threads: int,
-    timeout: float,
-    progress: Callable[[float], None],
-) -> Json:
-    """Run jobs on an artifact in a worker of its own and return its answer; no jobs only load it."""
-    request: dict[str, Any] = {
-        "model": str(artifact.model),
-        "provider": provider,
-        "session_options": artifact.session_options,
-        "threads": threads,
-        "jobs": jobs,
-    }
-    return run_worker("worker", request, timeout=timeout, progress=progress)
-
-
 def _baselines(
     checkpoint: CheckpointSpec | None, graph: Path | None, reason: str | None, memory_cap: int | None, provider: str
 ) -> dict[Baselined, Contender]:
@@ -342,7 +425,7 @@ def _baselines(
 
 
 def _report_drift(
-    provider: str, reference: Reference, measured: drift.Drift, through_cache: drift.DecodeDrift
+    provider: str, reference: Reference, measured: drift.Drift, through_cache: drift.DecodeDrift | None
 ) -> DecoderDrift:
     return DecoderDrift(
         provider=provider,
@@ -357,7 +440,9 @@ def _report_drift(
         confident_tokens=measured.confident_tokens,
         confident_flips=measured.confident_flips,
         logit_max_abs=measured.max_abs_difference,
-        decode=DecodeConsistency(
+        decode=None
+        if through_cache is None
+        else DecodeConsistency(
             tokens=through_cache.tokens,
             kl_mean=through_cache.kl_mean,
             prefill_kl_mean=through_cache.prefill_kl_mean,

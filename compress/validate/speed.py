@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from compress.contracts import Runtime
 from compress.errors import CompressError, ResourceError
 from compress.report.environment import environment
 from compress.report.model import Baseline, Rate, Speed
 from compress.validate.artifact import Artifact, model_bytes
 from compress.validate.memory import check_memory
+from compress.validate.on_provider import runtime_of
 from compress.validate.protocol import run_worker
 
 Baselined = Literal["pytorch", "onnx_float"]
@@ -43,6 +45,7 @@ class Contender:
     module: str = ""
     request: Mapping[str, Any] = field(default_factory=dict)
     skipped: str | None = None
+    runtime: Runtime | None = None
 
 
 @dataclass
@@ -54,11 +57,20 @@ class _Times:
     load: list[float] = field(default_factory=list)
     peak: int = 0
     evidence: str = "none"
+    device: str = ""
 
 
-def artifact_contender(model: Path, session_options: Mapping[str, str], provider: str) -> Contender:
-    """Return a graph as a contender."""
-    return Contender("worker", {"model": str(model), "session_options": dict(session_options), "provider": provider})
+def artifact_contender(
+    model: Path, session_options: Mapping[str, str], provider: str, provider_options: Mapping[str, str] | None = None
+) -> Contender:
+    """Return a graph as a contender, in the provider's own runtime."""
+    request = {
+        "model": str(model),
+        "session_options": dict(session_options),
+        "provider_options": dict(provider_options or {}),
+        "provider": provider,
+    }
+    return Contender("worker", request, runtime=runtime_of(provider))
 
 
 def float_contender(model: Path | None, reason: str | None, memory_cap: int | None, provider: str) -> Contender:
@@ -92,7 +104,9 @@ def measure_speed(
         CompressError: The artifact itself cannot run.
     """
     contenders: dict[str, Contender] = {str(name): item for name, item in baselines.items()}
-    contenders["artifact"] = artifact_contender(artifact.model, artifact.session_options, provider)
+    contenders["artifact"] = artifact_contender(
+        artifact.model, artifact.session_options, provider, artifact.provider_options.get(provider)
+    )
     times: dict[str, _Times] = {name: _Times() for name in contenders}
     job = {
         "kind": "speed",
@@ -135,13 +149,14 @@ def _round(contender: Contender, job: Mapping[str, Any], plan: SpeedPlan, times:
     """Run one contender once and note its times."""
     merged = {**job, **contender.request.get("job", {})}
     request = {**contender.request, "threads": plan.threads, "jobs": [merged]}
-    response = run_worker(contender.module, request, timeout=plan.timeout)
+    response = run_worker(contender.module, request, timeout=plan.timeout, runtime=contender.runtime)
     result = response["results"][0]
     times.prefill += result["prefill_seconds"]
     times.decode += [step for steps in result["decode_seconds"] for step in steps]
     times.load.append(response["load_seconds"])
     times.peak = max(times.peak, response["peak_rss_bytes"])
     times.evidence = response.get("evidence", "measured")
+    times.device = response.get("device", "")
 
 
 def _speed(provider: str, plan: SpeedPlan, times: Mapping[str, _Times], skipped: Mapping[str, str]) -> Speed:
@@ -155,7 +170,7 @@ def _speed(provider: str, plan: SpeedPlan, times: Mapping[str, _Times], skipped:
     return Speed.model_validate(
         {
             "provider": provider,
-            "device": environment().cpu,
+            "device": own.device or environment().cpu,
             "evidence": own.evidence,
             "threads": plan.threads,
             "prompt_tokens": plan.prompt_tokens,

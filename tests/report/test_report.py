@@ -66,6 +66,20 @@ REPORT: dict[str, Any] = {
         }
     ],
     "placement": [{"provider": "cpu", "nodes_total": 339, "nodes_on_provider": 339, "fallback_nodes": []}],
+    "providers": [
+        {
+            "provider": "cpu",
+            "device": "a processor",
+            "evidence": "measured",
+            "state": "ran",
+            "verdict": {"status": "fail", "reasons": ["kl is 0.5, the budget asks for at most 0.4"]},
+            "placement": {"provider": "cpu", "nodes_total": 339, "nodes_on_provider": 339, "fallback_nodes": []},
+            "drift": None,
+            "drift_from_cpu": None,
+            "not_measured": {},
+            "versions": {"onnxruntime": "1.31.1"},
+        }
+    ],
     "fusions": {"skip_layer_norm": 12},
     "allocation": {
         "budget": {"max_bytes": 88_000_000.0, "max_kl": None},
@@ -324,7 +338,7 @@ def test_a_calibration_that_cannot_be_is_refused(change: dict[str, Any]) -> None
 
 
 def test_what_was_not_measured_has_no_line(report: Report) -> None:
-    bare = report.model_copy(update={"drift": None, "speed": (), "placement": (), "stages": (), "allocation": None})
+    bare = report.model_copy(update={"drift": None, "speed": (), "placement": (), "providers": (), "stages": (), "allocation": None})
     output = shown(bare, 80)
     assert "KL" not in output and "tok/s" not in output and "nodes" not in output
 

@@ -38,7 +38,7 @@ def test_contenders_take_turns_and_medians_are_reported(monkeypatch: pytest.Monk
     calls: list[str] = []
     step = {"worker": iter([1, 9, 2]), "encoder_reference": iter([4, 4, 40])}
 
-    def fake(module: str, request: Any, *, timeout: float) -> Any:
+    def fake(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         calls.append(module)
         (job,) = request["jobs"]
         assert job["points"] == [(1, 16), (1, 128)] and request["threads"] == 2
@@ -59,7 +59,7 @@ def test_contenders_take_turns_and_medians_are_reported(monkeypatch: pytest.Monk
 
 
 def test_a_baseline_that_fails_is_skipped_and_the_artifact_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(module: str, request: Any, *, timeout: float) -> Any:
+    def fake(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         if module == "encoder_reference":
             raise ResourceError("the float32 model needs about 18 GB of memory, 8 GB are available")
         return {"results": [{"seconds": [[0.1]]}], "load_seconds": 1.0, "peak_rss_bytes": 1, "evidence": "measured"}
@@ -74,7 +74,7 @@ def test_a_baseline_that_fails_is_skipped_and_the_artifact_may_not(monkeypatch: 
     assert measured.baselines["onnx_float"] == EncoderBaseline(skipped="not built")
     assert measured.speedup_vs_pytorch is None and measured.points[0].speedup_vs_onnx_float is None
 
-    def broken(module: str, request: Any, *, timeout: float) -> Any:
+    def broken(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         raise WorkerError("it crashed")
 
     monkeypatch.setattr(encoder_speed, "run_worker", broken)

@@ -199,7 +199,7 @@ class Session:
     """Inputs and outputs by name, as a session has them."""
 
     def __init__(self, *inputs: str) -> None:
-        self._inputs = [type("Value", (), {"name": name})() for name in inputs]
+        self._inputs = [type("Value", (), {"name": name, "shape": ["batch", "length"]})() for name in inputs]
 
     def get_inputs(self) -> Any:
         return self._inputs

@@ -21,6 +21,7 @@ import pytest
 from compress.validate import run, text
 from compress.validate.artifact import open_artifact
 from compress.validate.gate import MAX_DECODE_SELF_KL
+from compress.validate.on_provider import Terms
 from compress.validate.speed import SpeedPlan
 
 STEPS, BATCH, LENGTH = 200, 16, 64
@@ -120,7 +121,7 @@ def judged(directory: Path, good: Fixture, work: Path) -> tuple[Any, run.Measure
     work.mkdir()
     artifact = open_artifact(directory)
     run.measure_graph(artifact, "cpu", good.reference, measured, PLAN, work, [], lambda stage, fraction: None)
-    return run.verdict(BUDGETS, {"cpu": measured}, artifact.bytes), measured
+    return run.verdicts(BUDGETS, {"cpu": measured}, artifact.bytes, Terms())[0], measured
 
 
 def mutated(good: Fixture, directory: Path, mutate: Callable[[ir.Model], None]) -> Path:

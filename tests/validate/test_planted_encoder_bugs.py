@@ -21,7 +21,8 @@ from compress.report.model import EncoderDrift
 from compress.validate import encoder_measure, encoder_run
 from compress.validate.artifact import open_artifact
 from compress.validate.encoder_speed import EncoderSpeedPlan
-from compress.validate.run import CheckpointSpec, Measured, verdict
+from compress.validate.on_provider import Terms
+from compress.validate.run import CheckpointSpec, Measured, verdicts
 
 PLAN = EncoderSpeedPlan(repeats=1, timeout=120)
 # 8-bit weights cost: worst cosine 0.9997, neighbours 0.948, labels 0.979; the mildest bugs 0.987, 0.77, 0.896.
@@ -72,7 +73,7 @@ def judged(directory: Path, task: str, good: Fixture, work: Path) -> tuple[Any, 
     encoder_run.measure_graph(
         artifact, "cpu", good.references[task], measured, PLAN, work, [], lambda stage, fraction: None
     )
-    return verdict(BUDGETS, {"cpu": measured}, artifact.bytes, task=task), measured
+    return verdicts(BUDGETS, {"cpu": measured}, artifact.bytes, Terms(), task=task)[0], measured
 
 
 def mutated(good: Fixture, task: str, directory: Path, mutate: Callable[[ir.Model], None]) -> Path:

@@ -32,7 +32,8 @@ def stand_in(tmp_path: Path, body: str) -> str:
 
 
 def ask(interpreter: str, timeout: float = 20) -> protocol.Json:
-    return protocol.run_worker("worker", {"model": "some.onnx", "jobs": []}, timeout=timeout, runtime=Runtime((interpreter,)))
+    request = {"model": "some.onnx", "jobs": []}
+    return protocol.run_worker("worker", request, timeout=timeout, runtime=Runtime((interpreter,)))
 
 
 @pytest.mark.parametrize(

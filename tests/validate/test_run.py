@@ -15,7 +15,7 @@ import pytest
 from compress import validate
 from compress.errors import CompressError, ResourceError, UsageError, WorkerError
 from compress.report.model import Baseline
-from compress.validate import logits, run, speed
+from compress.validate import logits, on_provider, run, speed
 from compress.validate.artifact import model_bytes, open_artifact
 
 PLAN = speed.SpeedPlan(prompt_tokens=8, new_tokens=3, repeats=2, timeout=120)
@@ -128,14 +128,14 @@ def test_requests_that_make_no_sense_are_refused_before_work(
 
 
 def test_an_artifact_that_crashes_is_judged(artifact: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = run.run_worker
+    real = on_provider.run_worker
 
     def crash(module: str, request: Any, **options: Any) -> Any:
         if module == "worker":
             raise WorkerError("the worker worker crashed with SIGSEGV", where="model.onnx")
         return real(module, request, **options)
 
-    monkeypatch.setattr(run, "run_worker", crash)
+    monkeypatch.setattr(on_provider, "run_worker", crash)
     result = validated(artifact, source, tokens=32, budgets={"max_kl": 1.0, "min_speedup_vs_pytorch": 1.0})
     assert result.verdict.status == "fail" and result.drift is None and result.speed == ()
     assert result.verdict.reasons[0] == "on cpu: the worker worker crashed with SIGSEGV (model.onnx)"
@@ -149,7 +149,7 @@ def test_contenders_take_turns_and_medians_are_reported(artifact: Path, monkeypa
     calls: list[str] = []
     seconds = {"worker": iter([0.1, 0.9, 0.2]), "reference": iter([0.4, 0.4, 4.0])}
 
-    def fake(module: str, request: Any, *, timeout: float) -> Any:
+    def fake(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         calls.append(module)
         step = next(seconds[module])
         times = {"prefill_seconds": [2 * step], "decode_seconds": [[step, step, step]]}
@@ -168,7 +168,7 @@ def test_contenders_take_turns_and_medians_are_reported(artifact: Path, monkeypa
 def test_a_baseline_that_fails_is_skipped_and_the_artifact_may_not(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(module: str, request: Any, *, timeout: float) -> Any:
+    def fake(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         if module == "reference":
             raise ResourceError("the float32 model needs about 18 GB of memory, 8 GB are available")
         times = {"prefill_seconds": [0.1], "decode_seconds": [[0.1, 0.1]]}
@@ -184,7 +184,7 @@ def test_a_baseline_that_fails_is_skipped_and_the_artifact_may_not(
     assert measured.baselines["onnx_float"] == Baseline(skipped="not built")
     assert measured.speedup_vs_pytorch is None
 
-    def broken(module: str, request: Any, *, timeout: float) -> Any:
+    def broken(module: str, request: Any, *, timeout: float, runtime: Any) -> Any:
         raise WorkerError("it crashed")
 
     monkeypatch.setattr(speed, "run_worker", broken)
