@@ -22,7 +22,9 @@ from compress.profile import Profile
 
 _MB = 1_000_000
 #: Python with torch and transformers.
-_LIBRARIES = 450 * _MB
+_LIBRARIES = 340 * _MB
+#: What the allocator keeps beside what is in use.
+_SLACK = 1.1
 _FLOAT = 4
 #: Tokens that a thread runs through a block at a time, that gradients are kept of, and rows of the head at a time.
 _CHUNK, _GROUP, _HEAD_ROWS, _HEAD_BANDS = 512, 2048, 1024, 4
@@ -122,21 +124,27 @@ class _Work:
         return total
 
     def peak(self, threads: int) -> int:
-        """Return the most bytes that the worker takes."""
+        """Return the most bytes that the worker takes.
+
+        Between pieces of work there are a block and its quantized codes, and its inputs and outputs. On top comes the
+        most of: running it for a linear's inputs; second moments and their factor (float64, then float32 beside it);
+        the pass back of some windows; the head's bands.
+        """
         decoder = self.decoder
-        block = _FLOAT * max(sum(item.out_features * item.in_features for item in block) for block in self.blocks)
-        states = 3 * self.tokens * decoder.hidden_size * _FLOAT
-        wide = sum(item.out_features for item in self.blocks[0])
-        running = threads * _CHUNK * wide * _FLOAT + 2 * threads * decoder.heads * self.window**2 * _FLOAT
-        rounding = max(
-            _FLOAT * self.tokens * item.in_features
-            + 16 * item.in_features**2
-            + 15 * item.out_features * item.in_features
-            for item in self.blocks[0]
-        )
-        back = 0
+        weights = max(sum(item.out_features * item.in_features for item in block) for block in self.blocks)
+        state = self.tokens * decoder.hidden_size * _FLOAT
+        first = self.blocks[0]
+        wide, deep = sum(item.out_features for item in first), sum(item.in_features for item in first)
+        scores = decoder.heads * self.window**2 * _FLOAT
+        running = threads * (_CHUNK * wide * _FLOAT + 2 * scores)
+        inputs = max(item.in_features for item in first)
+        rounding = max(16 * item.in_features**2 + _FLOAT * item.out_features * item.in_features for item in first)
+        quantizing = int(1.2 * weights) + max(running + _FLOAT * self.tokens * inputs, rounding)
+        back = head = 0
         if self.back:
-            recorded = _FLOAT * _GROUP * sum(item.out_features + item.in_features for item in self.blocks[0])
-            head = _FLOAT * self.back * (4 * threads * _HEAD_ROWS + (_HEAD_BANDS + 3) * decoder.hidden_size)
-            back = max(recorded, head)
-        return int(_LIBRARIES + block + states + running + max(rounding, back))
+            kept = _FLOAT * min(self.back, _GROUP) * (wide + deep)
+            sums = 2 * _FLOAT * _SAMPLE * deep if self.options else 0
+            back = state + kept + sums + threads * (3 * _FLOAT * self.window * wide + 4 * scores)
+            drawing = threads * _HEAD_ROWS * self.back * 5 * _FLOAT  # logits, noise in float64, exponentials
+            head = (_HEAD_BANDS + 3) * self.back * decoder.hidden_size * _FLOAT + drawing - _FLOAT * weights
+        return int(_SLACK * (_LIBRARIES + _FLOAT * weights + 2 * state + max(quantizing, back, head)))
