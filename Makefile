@@ -8,7 +8,7 @@ DEMO_OUT := artifacts/smollm2-arm-int4
 DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
 DEMO_PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-providers lint docs clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -40,6 +40,12 @@ demo: $(VENV)/.demo $(VENV)/.models
 
 test: $(VENV)/.test $(VENV)/.models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Runtimes that exclude the ordinary onnxruntime go into the cache (COMPRESS_CACHE), some hundred megabytes each; one that
+# this machine cannot have is told, and its tests are skipped with the reason.
+test-providers: $(VENV)/.test $(VENV)/.models
+	for name in openvino qnn webgpu cpu-arm64 cuda; do $(BIN)/compress doctor --install $$name || true; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m providers
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

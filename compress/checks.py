@@ -7,13 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 from compress.assign import open_tensors
 from compress.contracts import Encoder, Structure
-from compress.errors import UsageError
+from compress.errors import ProviderError, UsageError
 from compress.plan import Plan
 from compress.profile import Profile
 from compress.validate.labels import read_examples
 
 if TYPE_CHECKING:
     from compress.pipeline import ExportOptions
+
+
+def check_provider(profile: Profile) -> None:
+    """Refuse to measure on a provider that does not work here, before anything is built.
+
+    Raises:
+        ProviderError: With the reason and both remedies.
+    """
+    from compress.validate.on_provider import require
+
+    try:
+        require((profile.provider,))
+    except ProviderError as error:
+        remedy = "or --no-validate, and `compress validate` where it works"
+        raise ProviderError(
+            error.what, where=error.where, hint=f"{error.hint}, {remedy}" if error.hint else remedy
+        ) from None
 
 
 def check_labels(structure: Structure, config: Mapping[str, Any], options: ExportOptions) -> None:

@@ -142,6 +142,8 @@ def export(
     """
     staging.check_output(output)
     _targets(profile)
+    if options.validate:
+        checks.check_provider(profile)
     if options.validate and options.eval_text is not None:
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     if options.calibration_text is not None:
