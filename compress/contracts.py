@@ -530,6 +530,10 @@ class Provider(Protocol):
         """Return what a run on this machine proves."""
         ...
 
+    def tokens_at_once(self) -> int | None:
+        """Return the most new tokens a decoder may be given in one run here, ``None`` where any number is right."""
+        ...
+
     def session(
         self, model: Path, options: Mapping[str, str], threads: int, provider_options: Mapping[str, str] | None = None
     ) -> Any:

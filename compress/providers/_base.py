@@ -93,6 +93,10 @@ class OrtProvider:
         """Return ``measured``: the code runs on this machine's own hardware."""
         return "measured"
 
+    def tokens_at_once(self) -> int | None:
+        """Return ``None``: any number of new tokens."""
+        return None
+
     def session(
         self, model: Path, options: Mapping[str, str], threads: int, provider_options: Mapping[str, str] | None = None
     ) -> Any:  # noqa: ANN401 - onnxruntime has no stubs

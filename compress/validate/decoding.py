@@ -22,14 +22,16 @@ _CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "ten
 class CachedDecoder:
     """One sequence batch fed piece by piece to an ``onnxruntime.InferenceSession``.
 
+    ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number.
+
     Raises:
         CompressError: The graph's inputs and outputs are not those of a decoder.
     """
 
-    def __init__(self, session: Any) -> None:  # noqa: ANN401 - onnxruntime has no stubs
+    def __init__(self, session: Any, at_once: int | None = None) -> None:  # noqa: ANN401 - onnxruntime has no stubs
         from onnxruntime import OrtValue
 
-        self._session, self._value = session, OrtValue.ortvalue_from_numpy
+        self._session, self._value, self._at_once = session, OrtValue.ortvalue_from_numpy, at_once
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
         self._past = {name: value for name, value in inputs.items() if name.startswith(_PAST)}
@@ -65,6 +67,14 @@ class CachedDecoder:
             ids: The next tokens of every sequence.
             keep: 0 for the logits of every new position, k for the last k (a graph that cannot trim returns all).
         """
+        step = self._at_once or ids.shape[1]
+        if ids.shape[1] <= step:
+            return self._run(ids, keep)
+        pieces = [self._run(ids[:, start : start + step], 0) for start in range(0, ids.shape[1], step)]
+        logits = np.concatenate(pieces, axis=1)
+        return logits[:, -keep:] if keep and self.trims_logits else logits
+
+    def _run(self, ids: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.float32]:
         batch, new = ids.shape
         total = self.length + new
         feeds = {"input_ids": ids.astype(np.int64, copy=False), "attention_mask": np.ones((batch, total), np.int64)}

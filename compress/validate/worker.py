@@ -62,7 +62,7 @@ def handle(request: Json, job: Path) -> Json:
         elif kind in encoding.JOBS:
             results.append(encoding.JOBS[kind](session, item, part))
         elif kind in _JOBS:
-            decoder = decoder or CachedDecoder(session)
+            decoder = decoder or CachedDecoder(session, provider.tokens_at_once())
             results.append(_JOBS[kind](decoder, item, part))
         else:
             raise CompressError(f"unknown job {kind!r}", where="request")

@@ -85,7 +85,10 @@ def test_only_a_runtime_with_a_path_of_its_own_loses_the_inherited_one(
     assert protocol._child_environment(tmp_path, 1, {"PYTHONPATH": ""})["PYTHONPATH"] == str(tmp_path / "path")
 
 
-@pytest.mark.parametrize("lost", ["installed", "qemu-aarch64-static", "root/usr/bin/python3.11", "packages/onnxruntime"])
+PARTS = ("installed", "qemu-aarch64-static", "root/usr/bin/python3.11", "packages/onnxruntime")
+
+
+@pytest.mark.parametrize("lost", PARTS)
 def test_an_installation_with_a_part_missing_does_not_count(lost: str) -> None:
     place = put_together()
     assert _arm64_root.runtime() is not None

@@ -1,4 +1,4 @@
-"""WebGPU without WebGPU: what is missing is named, what is half there does not count, software is not called hardware."""
+"""WebGPU without it: what is missing is named, what is half there does not count, software is not called hardware."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name in FILES:
         (folder / name).write_text(name)
-    manifest = {"file_format_version": "1.0.0", "ICD": {"library_path": "./libvk_swiftshader.so", "api_version": "1.0.5"}}
+    driver = {"library_path": "./libvk_swiftshader.so", "api_version": "1.0.5"}
+    manifest = {"file_format_version": "1.0.0", "ICD": driver}
     (folder / "vk_swiftshader_icd.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(_vulkan, "_BROWSERS", (str(tmp_path / "none"), str(folder)))
     return folder
@@ -188,6 +189,7 @@ def test_a_run_is_measured_only_where_no_software_is_in_sight(
 ) -> None:
     monkeypatch.setattr(_vulkan, "devices", lambda: devices)
     assert (PROVIDER.evidence(), PROVIDER.device()) == (evidence, device)
+    assert PROVIDER.tokens_at_once() == (1 if evidence == "emulated" else None)
 
 
 def test_provider_options_arrive_as_config_entries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
