@@ -1,0 +1,97 @@
+"""The CUDA profile: its graph is checked anywhere, and run where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from compress import doctor, pipeline, providers, validate
+from compress.contracts import Scheme
+from compress.errors import EXIT_PROVIDER, ProviderError
+from compress.profile import Profile, load_profile
+from compress.progress import Stages
+from compress.providers import cuda
+from compress.validate.on_provider import Terms
+from compress.validate.speed import SpeedPlan
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return load_profile("cuda-int4")
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_model: Callable[[str], Path], profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama under the profile, not validated."""
+    output = tmp_path_factory.mktemp("cuda") / "artifact"
+    model = pipeline.ModelReference(str(tiny_model("llama")))
+    pipeline.export(model, profile, output, pipeline.ExportOptions(validate=False), Stages())
+    return output
+
+
+def test_the_graph_passes_the_checker(artifact: Path) -> None:
+    onnx.checker.check_model(str(artifact / "model.onnx"))
+    graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) > 0
+
+
+def test_every_scheme_has_a_kernel(profile: Profile) -> None:
+    provider = providers.load("cuda")
+    for role in ("qkv", "attention_output", "gate_up", "down", "head"):
+        scheme = profile.quantize.scheme(role)  # type: ignore[arg-type]
+        assert scheme is not None and provider.supports(scheme) is None
+    assert provider.supports(Scheme(2, 32, True)) is not None
+
+
+def test_without_a_gpu_an_export_that_would_be_measured_is_refused_before_work(
+    tiny_model: Callable[[str], Path], profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "missing_gpu", lambda: "there is no NVIDIA driver on this machine")
+    with pytest.raises(ProviderError, match="cuda provider does not work here: there is no NVIDIA driver") as caught:
+        model = pipeline.ModelReference(str(tiny_model("llama")))
+        pipeline.export(model, profile, tmp_path / "out", pipeline.ExportOptions(), Stages())
+    assert caught.value.exit_code == EXIT_PROVIDER and not (tmp_path / "out").exists()
+    assert caught.value.hint is not None and "compress doctor --install cuda, or --no-validate" in caught.value.hint
+
+
+def test_a_driver_without_a_device_is_told_from_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def __init__(self, failure: int, devices: int) -> None:
+            self.failure, self.devices = failure, devices
+
+        def cuInit(self, flags: int) -> int:
+            return self.failure
+
+        def cuDeviceGetCount(self, count: object) -> int:
+            count._obj.value = self.devices  # type: ignore[attr-defined]
+            return 0
+
+    for failure, devices, words in ((0, 1, None), (0, 0, "sees no GPU"), (100, 0, "sees no GPU")):
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, f=failure, d=devices: Driver(f, d))
+        found = cuda.missing_gpu()
+        assert found is None if words is None else found is not None and words in found
+
+
+@pytest.mark.providers
+def test_it_runs_on_a_gpu(artifact: Path, tiny_model: Callable[[str], Path], profile: Profile) -> None:
+    found = doctor.examine("cuda")
+    if not found.works:
+        pytest.skip(f"cuda: {found.reason}")
+    result = validate.run_validation(
+        artifact,
+        checkpoint_spec=validate.CheckpointSpec(str(tiny_model("llama"))),
+        budgets={},
+        providers=("cuda",),
+        tokens=64,
+        window=32,
+        pytorch_baseline=False,
+        speed_plan=SpeedPlan(8, 3, 1, timeout=300),
+        terms=Terms(allowed_fallback=profile.validation.allowed_fallback),
+    )
+    (verdict,) = result.providers
+    assert verdict.state == "ran", result.verdict.reasons
+    assert verdict.drift_from_cpu is not None
+    assert verdict.drift_from_cpu.kl_divergence.mean < 1e-3  # type: ignore[union-attr]
