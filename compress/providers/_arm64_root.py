@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,13 +21,26 @@ from compress.environments import cache_directory, run
 from compress.errors import ProviderError
 from compress.providers._debian import Archive, extract, missing_tools, native_architecture, unpack
 
-#: onnxruntime 1.31.1 crashes under QEMU when it is imported: its CPU detection reads what user-mode emulation lacks.
-WHEELS = ("onnxruntime==1.27.0", "numpy==2.4.6")
+WHEELS = ("onnxruntime==1.31.1", "numpy==2.4.6")
 PYTHONS = ("3.11", "3.12", "3.13")
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 #: Where the emulator is, and its name there: until Debian 12 in the first, then in the second.
 _EMULATORS = (("qemu-user-static", "qemu-aarch64-static"), ("qemu-user", "qemu-aarch64"))
 _EMULATOR, _STAMP = "qemu-aarch64-static", "installed"
+# What an Arm kernel says of a processor. QEMU takes files below its root for those outside, and would else show an
+# x86 list, at which onnxruntime 1.31.1 dies when it is imported. Kernels are chosen by the features that QEMU itself
+# tells (AT_HWCAP); of this list, only the part number is read: Neoverse N2, which has dot products, i8mm and bf16.
+_PROCESSOR = """\
+processor\t: {index}
+BogoMIPS\t: 48.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp i8mm bf16
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: 0xd49
+CPU revision\t: 0
+
+"""
 
 
 def folder() -> Path:
@@ -119,6 +133,9 @@ def _get_python(temporary: Path, root: Path, say: Callable[[str], None]) -> str:
         unpack(package, root)
     if not (root / "usr" / "bin" / f"python{version}").is_file() or not (root / "lib/ld-linux-aarch64.so.1").exists():
         raise ProviderError(f"the arm64 packages of Python {version} hold no Python that could be started")
+    processors = "".join(_PROCESSOR.format(index=index) for index in range(os.cpu_count() or 1))
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc" / "cpuinfo").write_text(processors)
     return version
 
 

@@ -18,6 +18,7 @@ from compress.contracts import Runtime
 from compress.errors import ProviderError
 from compress.profile import available_profiles, load_profile
 from compress.progress import Stages
+from compress.providers import _arm64_root
 from compress.validate.protocol import Json, run_worker
 
 pytestmark = pytest.mark.providers
@@ -99,6 +100,7 @@ def test_what_a_run_proves_is_told(tiny_artifact: Callable[..., Path], tmp_path:
     answer = run(artifact, "cpu-arm64", np.full((1, 3), 7, np.int64), tmp_path, [5], 240).answer
     native = platform.machine().lower() in ("aarch64", "arm64")
     assert answer["evidence"] == ("measured" if native else "emulated")
+    assert native or f"onnxruntime=={answer['versions']['onnxruntime']}" in _arm64_root.WHEELS
     assert answer["placement"]["fallback_nodes"] == [] and answer["peak_rss_bytes"] > 20e6
 
 
