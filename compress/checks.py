@@ -64,7 +64,7 @@ def check_calibration(plan: Plan, profile: Profile, options: ExportOptions) -> N
         reads = profile.quantize.effort != "fast" and any(fate.scheme is not None for fate in plan.fates)
         remedy = "--set quantize.effort=balanced"
     else:
-        reads = encoder.wanted(plan, profile)
+        reads = encoder.wanted(plan, profile) or profile.quantize.activation_bits is not None
         remedy = "take a profile that calibrates encoders, as x86-int8 does"
     if not reads:
         raise UsageError(
@@ -85,10 +85,17 @@ def check_plan(plan: Plan, profile: Profile) -> None:
 
     Raises:
         UsageError: The algorithm needs calibration, and there is none; or bits are to be chosen for an encoder, or
-            where the profile leaves no weight's bits open.
+            where the profile leaves no weight's bits open; or a graph's fixed length is beyond the model's positions.
     """
     from compress.calibrate import decoder
 
+    length, positions = profile.graph.static_length, plan.structure.context_length
+    if length is not None and length > positions:
+        raise UsageError(
+            f"a graph for {length} tokens is longer than the model's table of {positions} positions",
+            where=f"profile {profile.name}",
+            hint=f"--set graph.static_length={positions} --set validation.max_length={positions}",
+        )
     decoder.check(plan, profile)
     if profile.quantize.allocation != "budget":
         return

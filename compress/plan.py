@@ -102,7 +102,10 @@ class Fate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Fates in file order and the predictions that follow from them; sizes in bytes."""
+    """Fates in file order and the predictions that follow from them; sizes in bytes.
+
+    ``static_length`` and ``activation_bits`` are the profile's: they decide how large the graph file is.
+    """
 
     model_type: str
     profile: str
@@ -111,6 +114,8 @@ class Plan:
     fates: tuple[Fate, ...]
     data_bytes: int
     source_bytes: int
+    static_length: int | None = None
+    activation_bits: int | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -188,8 +193,8 @@ def make_plan(
     for name, (dtype, shape) in constants.items():
         stored = layout.place((name, cast(DType, dtype), shape))
         fates.append(Fate(name, "vector", None, math.prod(shape), 1, None, (), stored))
-    if isinstance(structure, Decoder) and structure.rope_shape is not None:
-        # The skeleton computes the rotary tables; here they only need a place.
+    if isinstance(structure, Decoder) and structure.rope_shape is not None and profile.graph.static_length is None:
+        # The skeleton computes the rotary tables; here they only need a place. Static graphs keep a few rows inline.
         for name in ("cos_cache", "sin_cache"):
             fates.append(
                 Fate(
@@ -210,6 +215,8 @@ def make_plan(
         fates=tuple(fates),
         data_bytes=layout.end,
         source_bytes=_source_bytes(structure, checkpoint.tensors()),
+        static_length=profile.graph.static_length,
+        activation_bits=profile.quantize.activation_bits,
     )
 
 
@@ -269,7 +276,8 @@ def _plan_table(
     role: Role = "embedding" if table.role == "token" else "position"
     # Two rows of segments cost nothing.
     scheme = _checked(profile, role, given.get(table.name)) if table.role != "type" else None
-    tied = structure.tied and table.role == "token"
+    # A table of standard operators has a scale a row; a head there has the bytes of a linear.
+    tied = structure.tied and table.role == "token" and profile.quantize.activation_bits is None
     if tied and scheme is not None and scheme.block_size == 0:
         # The head multiplies by the same bytes, in whole blocks; a width that no block divides is stored twice.
         whole = [size for size in BLOCK_SIZES if table.columns % size == 0]

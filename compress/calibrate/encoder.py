@@ -41,10 +41,12 @@ class Calibrated:
 def wanted(plan: Plan, profile: Profile) -> bool:
     """Return whether a plan gains from calibration: an encoder with integer products whose profile asks for it."""
     asked = profile.quantize
+    # Where every tensor gets a range, they are found later, on the artifact's own graph.
+    products = bool(_integers(plan, "static")) and (asked.activation_bits is None or asked.quantizer == "gptq")
     return (
         isinstance(plan.structure, Encoder)
         and bool(_integers(plan))
-        and (asked.smoothing == "calibrated" or asked.max_layer_loss is not None or bool(_integers(plan, "static")))
+        and (asked.smoothing == "calibrated" or asked.max_layer_loss is not None or products)
     )
 
 
@@ -88,6 +90,9 @@ def calibrate(
     """
     encoder, asked = plan.structure, profile.quantize
     assert isinstance(encoder, Encoder)
+    # A tied head has no module of its own to watch: the model keeps an embedding there.
+    heads = {item.name for item in encoder.linears if encoder.tied and item.role == "head"}
+    bits = {name: count for name, count in _integers(plan).items() if name not in heads}
     static = {} if asked.activation_bits is not None else _integers(plan, "static")
     texts, statistics = work / ".calibration-texts.npz", work / STATISTICS_NAME
     calibration_texts(encoder, checkpoint, content, seed).save(texts)
@@ -99,10 +104,10 @@ def calibrate(
             "linears": {
                 item.name: list(item.graph_weights)
                 for item in encoder.linears
-                if item.layer is not None or item.name in _integers(plan)
+                if item.layer is not None or item.name in bits
             },
             "smoothing": asked.smoothing == "calibrated",
-            "bits": _integers(plan),
+            "bits": bits,
             "measure_losses": asked.max_layer_loss is not None,
             "static": list(static),
             "range": asked.input_range,

@@ -38,11 +38,15 @@ _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
 _LONG_ROPE = (1167, 22)
 _CAST = 48
+#: Where every tensor is of integers: the boundary, and a block with its scales, zero points and names.
+_STATIC = (10_050, 15_950)
 
 
 def predict_graph_bytes(plan: Plan) -> int:
     """Return the predicted bytes of ``model.onnx``."""
     encoder = plan.structure if isinstance(plan.structure, Encoder) else None
+    if encoder is not None and plan.activation_bits is not None:
+        return _static_bytes(plan, encoder, plan.activation_bits // 8)
     total = _encoder_nodes(plan, encoder) if encoder is not None else _node_bytes(plan.structure)
     shared = _shared_prefixes(plan.structure)
     for fate in plan.fates:
@@ -56,6 +60,25 @@ def predict_graph_bytes(plan: Plan) -> int:
             total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
         if fate.tied and fate.scheme is not None:
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
+    return total
+
+
+def _static_bytes(plan: Plan, encoder: Encoder, width: int) -> int:
+    """Return a graph's bytes where float tensors stay in it as integers of ``width`` bytes, but for weights' scales.
+
+    Of a table of positions the rows of the fixed length are left.
+    """
+    fixed, block = _STATIC
+    total = fixed + block * encoder.layers
+    positions = {table.name for table in encoder.tables if table.role == "position"}
+    for fate in plan.fates:
+        for stored in fate.stored:
+            if stored.offset is not None:
+                continue
+            rows = min(fate.rows, plan.static_length or fate.rows) if fate.name in positions else fate.rows
+            whole = fate.kind == "matmul" and stored.dtype == "float32" and fate.scheme is not None
+            elements = stored.nbytes // (4 if stored.dtype == "float32" else 1)
+            total += stored.nbytes if whole or stored.dtype != "float32" else elements * rows // fate.rows * width
     return total
 
 
