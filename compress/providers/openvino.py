@@ -29,6 +29,7 @@ class OpenVinoProvider(PluginProvider):
     onnxruntime_name = "OpenVINOExecutionProvider"
     package = "onnxruntime-ep-openvino"
     module = "onnxruntime_ep_openvino"
+    _device = "CPU"
 
     environment = Environment("openvino", ("onnxruntime-openvino==1.24.1", "numpy>=2.1,<3"))
 
@@ -50,8 +51,8 @@ class OpenVinoProvider(PluginProvider):
         return super().available()
 
     def device(self) -> str:
-        """Return the default device, the CPU."""
-        return f"OpenVINO CPU device, {processor()}"
+        """Return the device of the last session, the CPU before there was one."""
+        return f"OpenVINO {self._device} device" + (f", {processor()}" if self._device == "CPU" else "")
 
     def defaults(self) -> dict[str, str]:
         """Return the CPU device: the one that is everywhere."""
@@ -59,6 +60,7 @@ class OpenVinoProvider(PluginProvider):
 
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
         """Start the session on the device that ``device_type`` names."""
+        self._device = provider_options[_DEVICE_TYPE]
         if self.onnxruntime_name in ort.get_available_providers():
             return ort.InferenceSession(
                 str(model), options, providers=[(self.onnxruntime_name, dict(provider_options))]
