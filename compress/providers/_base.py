@@ -120,8 +120,9 @@ class OrtProvider:
         return {}
 
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
-        """Start the session."""
-        return ort.InferenceSession(str(model), options, providers=[(self.onnxruntime_name, dict(provider_options))])
+        """Start the session; ``enable_fallback``, on by default, would begin again on the CPU where that fails."""
+        chosen = [(self.onnxruntime_name, dict(provider_options))]
+        return ort.InferenceSession(str(model), options, providers=chosen, enable_fallback=0)
 
     def opened(self, model: Path, start: Callable[[Any], Any]) -> Any:  # noqa: ANN401
         """Return what ``start(onnxruntime)`` returns, its failures in our words.

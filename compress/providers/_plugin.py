@@ -66,4 +66,4 @@ class PluginProvider(OrtProvider):
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
         """Start the session on the plug-in's devices."""
         options.add_provider_for_devices(self.devices(), dict(provider_options))
-        return ort.InferenceSession(str(model), options)
+        return ort.InferenceSession(str(model), options, enable_fallback=0)

@@ -62,9 +62,7 @@ class OpenVinoProvider(PluginProvider):
         """Start the session on the device that ``device_type`` names."""
         self._device = provider_options[_DEVICE_TYPE]
         if self.onnxruntime_name in ort.get_available_providers():
-            return ort.InferenceSession(
-                str(model), options, providers=[(self.onnxruntime_name, dict(provider_options))]
-            )
+            return super(PluginProvider, self).start(ort, model, options, provider_options)
         rest = dict(provider_options)
         wanted = rest.pop(_DEVICE_TYPE, "CPU")
         offered = {
@@ -73,7 +71,7 @@ class OpenVinoProvider(PluginProvider):
         if wanted not in offered:
             raise ProviderError(f"OpenVINO offers no device {wanted}", hint=f"it offers {', '.join(offered) or 'none'}")
         options.add_provider_for_devices([offered[wanted]], rest)
-        return ort.InferenceSession(str(model), options)
+        return ort.InferenceSession(str(model), options, enable_fallback=0)
 
 
 def _intel() -> bool:

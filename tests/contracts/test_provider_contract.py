@@ -123,7 +123,7 @@ class FakeSession:
 def test_an_unknown_provider_gets_a_suggestion() -> None:
     with pytest.raises(UsageError, match="unknown provider 'cpuu'") as caught:
         providers.load("cpuu")
-    assert caught.value.hint == "did you mean cpu?"
+    assert caught.value.hint is not None and caught.value.hint.startswith("did you mean cpu")
 
 
 def test_cpu_knows_the_slow_two_bit_blocks() -> None:
