@@ -14,6 +14,7 @@ from compress import checks, pipeline
 from compress.errors import CompressError, UsageError
 from compress.plan import make_plan
 from compress.profile import load_profile
+from compress.progress import Stages
 from compress.source import open_checkpoint
 from compress.validate.encoded import Batch
 from compress.validate.encoding import Encoder
@@ -82,6 +83,21 @@ def test_a_sequence_longer_than_the_graph_is_an_error(tiny_artifact: Callable[..
     model = tiny_artifact("bert:embedding", "npu-qnn-int8", *CHANGES) / "model.onnx"
     with pytest.raises(CompressError, match="longer than the graph's 32"):
         answers(model, batch((LENGTH + 1,)))
+
+
+def test_threads_change_no_byte(
+    tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path], fast_skeletons: None, tmp_path: Path
+) -> None:
+    pipeline.export(
+        pipeline.ModelReference(str(tiny_model("bert:embedding"))),
+        load_profile("npu-qnn-int8", CHANGES),
+        tmp_path / "two",
+        pipeline.ExportOptions(validate=False, threads=2),
+        Stages(),
+    )
+    one = tiny_artifact("bert:embedding", "npu-qnn-int8", *CHANGES)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "two" / name).read_bytes() == (one / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", ["bert:embedding", "bert:fill-mask"])

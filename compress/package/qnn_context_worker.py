@@ -3,7 +3,8 @@
 Request (see ``validate.protocol``): ``action``, ``model``, ``soc`` (a chip's name), ``output``;
 
 - ``compile``: writes the EPContext graph ``output`` and its binary beside it; answers the ``seconds`` it took;
-- ``run``: runs ``samples`` (``.npz``, a sample a row by input name) and writes the outputs, ``.npz`` by output name.
+- ``run``: runs ``samples`` (``.npz``, a sample a row by input name) and writes the outputs, ``.npz`` by output name;
+  on the CPU where ``provider`` is ``cpu``, to compare with.
 
 Nothing may fall back to the CPU. This runs in the Python that has QNN: NumPy and onnxruntime only.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from compress.errors import ProviderError
 from compress.package.qnn_metadata import add_metadata
+from compress.providers import cpu
 from compress.providers._base import first_line
 from compress.providers._session import session_options
 from compress.providers.qnn import PROVIDER, SOC_KEY, soc_model
@@ -68,9 +69,11 @@ def _compile(request: Json) -> tuple[Json, float | None]:
 
 def _run(request: Json) -> tuple[Json, float | None]:
     start = time.perf_counter()
-    session: Any = PROVIDER.session(
-        Path(request["model"]), _OPTIONS, 1, {**_PROVIDER_OPTIONS, "soc_model": request["soc"]}
-    )
+    model = Path(request["model"])
+    if request.get("provider") == cpu.PROVIDER.name:
+        session = cpu.PROVIDER.session(model, {}, 1)
+    else:
+        session = PROVIDER.session(model, _OPTIONS, 1, {**_PROVIDER_OPTIONS, "soc_model": request["soc"]})
     load_seconds = time.perf_counter() - start
     names = [output.name for output in session.get_outputs()]
     with np.load(request["samples"]) as stored:

@@ -24,7 +24,8 @@ def oracle_pair(values: np.ndarray, low: float, high: float, bits: int = 16) -> 
     scale = float(np.float32((high - low) / levels))
     zero = min(max(round(-low / scale), 0), levels)
     found = [min(max(round(float(value) / scale) + zero, 0), levels) for value in values.ravel()]
-    return ((np.array(found, np.float64) - zero) * scale).reshape(values.shape)
+    rounded: np.ndarray = (np.array(found, np.float64) - zero) * scale
+    return rounded.reshape(values.shape)
 
 
 def tensor(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

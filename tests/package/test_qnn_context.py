@@ -81,6 +81,18 @@ def test_other_answers_are_an_error(tmp_path: Path) -> None:
         qnn_context._compare(own, other, "SM8750")
 
 
+def test_a_wrong_kernel_is_told_from_other_rounding(tmp_path: Path) -> None:
+    """Rows in another order, which is what QNN 2.51 makes of 16 rows; and the last bits of 16."""
+    cpu, near, wrong = (tmp_path / f"{name}.npz" for name in ("cpu", "near", "wrong"))
+    array = np.random.default_rng(0).normal(size=(1, 16, 64)).astype(np.float32)
+    np.savez(cpu, y=array)
+    np.savez(near, y=np.round(array * 1000) / 1000)
+    np.savez(wrong, y=array[:, ::-1])
+    qnn_context._agree(cpu, near, tmp_path)
+    with pytest.raises(ProviderError, match="HTP computes something else"):
+        qnn_context._agree(cpu, wrong, tmp_path)
+
+
 def test_an_unknown_chip_is_refused_before_work(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SM9999"):
         qnn_context.compile_context(artifact / "model.onnx", tmp_path / "qnn", "SM9999", {})
