@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from compress import catalog, checks, pooling, resources, weights
-from compress.contracts import Checkpoint, Encoder, ForwardFamily, Structure
+from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
 from compress.package import load_target, manifest, staging
@@ -35,12 +35,12 @@ from compress.tasks import load_task
 from compress.validate import text
 from compress.validate.encoder_run import check_length
 from compress.validate.protocol import CheckpointSpec
+from compress.validate.static_decoding import DECODE_NAME
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from compress.calibrate.decoder import DecoderCalibration
     from compress.calibrate.encoder import Calibrated
+    from compress.graph.finished import FinishedGraph
     from compress.progress import Meter
     from compress.report.calibrated import Calibrated as DecoderCalibrated
     from compress.report.model import Allocation
@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 #: Runs the source model on texts, given where temporary files may go and a meter.
 Calibration = Callable[[Path, "Meter"], "Calibrated"]
 #: Makes integers of a finished graph's activations, given the graph, its directory and a meter.
-Activations = Callable[["ir.Model", Path, "Meter"], object]
+Activations = Callable[["FinishedGraph", Path, "Meter"], object]
 GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
+#: What is read of a calibration text at least, however little is validated.
+_CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,11 @@ def build(
                 skeleton.unlink()
             if activations is not None:
                 with stages.stage("ranges") as meter:
-                    activations(graph.model, directory, meter)
+                    activations(graph, directory, meter)
     with stages.stage("package"):
         serialize(graph.model, directory / GRAPH_NAME)
+        if graph.decode is not None:
+            serialize(graph.decode, directory / DECODE_NAME)
         _copy_files(checkpoint, directory)
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
         for target in _targets(profile):
@@ -419,25 +423,22 @@ def _calibration(
 def _activations(
     checkpoint: Checkpoint, structure: Structure, profile: Profile, options: ExportOptions
 ) -> Activations | None:
-    """Return what makes integers of an encoder's activations, ``None`` where the profile leaves them in floats."""
+    """Return what makes integers of a graph's activations, ``None`` where the profile leaves them in floats."""
     bits = profile.quantize.activation_bits
-    if bits is None or not isinstance(structure, Encoder):
+    if bits is None:
         return None
-    from compress.calibrate import encoder_ranges
+    from compress.calibrate import decoder_ranges, encoder_ranges
 
     content = _calibration_text(profile, options)
 
-    def run(model: ir.Model, directory: Path, meter: Meter) -> int:
-        return encoder_ranges.quantize(
-            model,
-            structure,
-            checkpoint,
-            content,
-            bits=bits,
-            seed=options.seed,
-            directory=directory,
-            progress=_fraction(meter),
-        )
+    def run(graph: FinishedGraph, directory: Path, meter: Meter) -> int:
+        shared: dict[str, Any] = {"bits": bits, "directory": directory, "progress": _fraction(meter)}
+        if isinstance(structure, Encoder):
+            return encoder_ranges.quantize(graph.model, structure, checkpoint, content, seed=options.seed, **shared)
+        assert graph.decode is not None and graph.whole is not None, "activation_bits goes with static_length"
+        assert isinstance(structure, Decoder)
+        graphs = (graph.model, graph.decode)
+        return decoder_ranges.quantize(graphs, graph.whole, structure, checkpoint, content, **shared)
 
     return run
 
@@ -445,7 +446,7 @@ def _activations(
 def _calibration_text(profile: Profile, options: ExportOptions) -> text.Text:
     if options.calibration_text is None:
         return text.embedded("calibration")
-    return text.from_file(options.calibration_text, profile.validation.tokens)
+    return text.from_file(options.calibration_text, max(_CALIBRATION_TOKENS, profile.validation.tokens))
 
 
 def _decoding(

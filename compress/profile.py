@@ -138,7 +138,8 @@ class Graph(_Strict):
     which differs by 5e-4 at most.
 
     ``static_length`` makes a graph of standard operators for one text of so many tokens, padded: every shape is a
-    number, as NPUs want it.
+    number, as NPUs want it. Decoders get two graphs, one for so many new tokens and one for a single one, over a
+    key/value cache of ``cache_length`` tokens.
     """
 
     logits_to_keep: int = Field(default=0, ge=0)
@@ -148,6 +149,7 @@ class Graph(_Strict):
     minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
     gelu: Literal["exact", "tanh"] = "exact"
     static_length: int | None = Field(default=None, ge=8, le=4096)
+    cache_length: int = Field(default=512, ge=8, le=1 << 16)
 
 
 class Validation(_Strict):

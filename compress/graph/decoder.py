@@ -19,11 +19,14 @@ from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
 from compress.graph.rules import linear, logits_to_keep, long_rope, names, rotary, table
 from compress.graph.rules._edit import Weights
+from compress.graph.static_decoder import make_static
 from compress.plan import Plan
 from compress.profile import Profile
 
 #: RMSNormalization is standard from here on; what is older loads in more runtimes.
 OPSET = 23
+#: Tokens of a text on which the ranges of a static decoder are observed, at most.
+LONGEST_OBSERVED = 256
 
 
 def build_decoder(
@@ -47,13 +50,15 @@ def build_decoder(
     constants: dict[str, FloatArray] = {}
     names.normalise(model)
     fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
-    fired["table"] = table.apply(model.graph, plan, weights)
+    static = profile.graph.static_length
+    fired["table"] = table.apply(model.graph, plan, weights, standard=static is not None)
     fired["vector"] = place_vectors(model.graph, plan, weights)
-    if plan.decoder.rope_shape is not None:
+    if plan.decoder.rope_shape is not None and static is None:
         constants = rotary.apply(model.graph, plan, weights)
     if plan.decoder.rope_switch is not None:
         fired["long_rope"] = long_rope.apply(model.graph, plan.decoder.rope_switch)
-    fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
+    if static is None:
+        fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
     weights.restore_names()
     _check(model.graph, plan, fired)
     model.functions.clear()  # fallback bodies of fused operators, which every supported provider has kernels for
@@ -61,7 +66,14 @@ def build_decoder(
     model.producer_name = "compress"
     model.producer_version = None
     model.graph.name = plan.model_type
-    return FinishedGraph(model, constants, fired)
+    if static is None:
+        return FinishedGraph(model, constants, fired)
+    decode, whole = model.clone(), model.clone()
+    cache = min(profile.graph.cache_length, plan.decoder.context_length)
+    fired |= make_static(model, static, cache)
+    make_static(decode, 1, cache)
+    make_static(whole, min(cache, LONGEST_OBSERVED), 0)
+    return FinishedGraph(model, constants, fired, decode=decode, whole=whole)
 
 
 def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
@@ -70,7 +82,7 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
         "linear": len(decoder.linears),
         "table": len(decoder.tables),
         "vector": len(decoder.vectors),
-        "logits_to_keep": 1,
+        **({"logits_to_keep": 1} if "logits_to_keep" in fired else {}),
         **({"long_rope": decoder.layers} if decoder.rope_switch is not None else {}),
     }
     short = [f"{rule} {fired[rule]} of {count}" for rule, count in expected.items() if fired[rule] != count]

@@ -21,11 +21,15 @@ class FinishedGraph:
         model: Initializers refer to ``model.onnx.data``, or are inline.
         constants: Arrays that the skeleton computed and the writer must store, by planned name.
         fired: How often each rule fired.
+        decode: Of a static decoder: the graph for one token; ``model`` is the one for several, the prefill.
+        whole: Of a static decoder: the graph for a whole text and no cache, on which ranges are observed.
     """
 
     model: ir.Model
     constants: Mapping[str, FloatArray]
     fired: Mapping[str, int]
+    decode: ir.Model | None = None
+    whole: ir.Model | None = None
 
 
 def place_vectors(graph: ir.Graph, plan: Plan, weights: Weights) -> int:

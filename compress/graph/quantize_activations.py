@@ -21,7 +21,7 @@ alone. An asymmetric range of unsigned integers contains 0, so that 0 is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,24 +124,25 @@ def _computed_operand(node: ir.Node) -> ir.Value | None:
     return value if made is not None and made.op_type != "DequantizeLinear" else None
 
 
-def insert(graph: ir.Graph, ranges: Ranges, *, bits: int = 16) -> int:
+def insert(graph: ir.Graph, ranges: Ranges, *, bits: int = 16, keep: Collection[ir.Value] = ()) -> int:
     """Insert the pairs; returns how many tensors got one.
 
     Args:
         graph: Shapes and types known; opset 21 or later for 16 bits. Weights are behind DequantizeLinear already.
         ranges: Least and greatest value of every tensor in :func:`float_values`, by name.
         bits: Of activations and constants, 8 or 16.
+        keep: Tensors that stay in floats, as do the constants of nodes that read or make one.
 
     Raises:
         CompressError: A tensor has no range, or a float constant is too large to be one of the graph's own: a weight
             that nobody quantized.
     """
-    return _Pass(graph, ranges, bits).run()
+    return _Pass(graph, ranges, bits, frozenset(keep)).run()
 
 
 class _Pass:
-    def __init__(self, graph: ir.Graph, ranges: Ranges, bits: int) -> None:
-        self.graph, self.ranges, self.bits = graph, ranges, bits
+    def __init__(self, graph: ir.Graph, ranges: Ranges, bits: int, keep: frozenset[ir.Value]) -> None:
+        self.graph, self.ranges, self.bits, self.keep = graph, ranges, bits, keep
         self.grids: dict[ir.Value, Grid] = {}
         self._names: dict[ir.Value, str] = {}
         self._signed: dict[tuple[ir.Value, Grid], ir.Value] = {}
@@ -165,9 +166,10 @@ class _Pass:
             operand = operands.get(node)
             if operand is not None:
                 self._sign(node, operand)
-            self._fold_constants(node)
+            if self.keep.isdisjoint([*node.inputs, *node.outputs]):
+                self._fold_constants(node)
             for output in node.outputs:
-                if _is_float(output):
+                if _is_float(output) and output not in self.keep:
                     self._pair(output, self._grid(node, output), after=node)
         return len(self.grids)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.tasks import architecture_of, task_of
+from compress.validate.static_decoding import DECODE_NAME
 
 DECODING = "text-generation"
 
@@ -90,8 +91,12 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def model_bytes(model: Path) -> int:
-    """Return the bytes of a graph and the external data beside it (``model.onnx``, ``model.onnx.data``, ...)."""
-    return sum(path.stat().st_size for path in model.parent.iterdir() if path.name.startswith(model.name))
+    """Return the bytes of a graph and what belongs to it: its external data, a static decoder's other graph."""
+    return sum(
+        path.stat().st_size
+        for path in model.parent.iterdir()
+        if path.name.startswith(model.name) or path.name == DECODE_NAME
+    )
 
 
 def _options(options: object) -> dict[str, str]:

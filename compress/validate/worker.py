@@ -13,6 +13,8 @@ Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``
 - ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats`` -> ``prefill_seconds`` [repeat], ``decode_seconds``
   [repeat][step]; one unrecorded warm-up first;
 - an encoder's jobs are in ``encoding``.
+
+A static decoder's other graph, ``decode.onnx``, is loaded too, and counts in the placement.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from compress.validate import encoding
 from compress.validate.decoding import CachedDecoder
 from compress.validate.logits import LogitsWriter
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validate.static_decoding import DECODE_NAME, StaticDecoder, decode_graph
 
 Progress = Callable[[float], None]
+AnyDecoder = CachedDecoder | StaticDecoder
 
 
 def handle(request: Json, job: Path) -> Json:
@@ -51,9 +55,11 @@ def handle(request: Json, job: Path) -> Json:
     start = time.perf_counter()
     options, own = request.get("session_options", {}), request.get("provider_options", {})
     session = provider.session(model, options, int(request["threads"]), own)
+    beside = decode_graph(model, session)
+    other = None if beside is None else provider.session(beside, options, int(request["threads"]), own)
     load_seconds = time.perf_counter() - start
     jobs = request["jobs"]
-    decoder: CachedDecoder | None = None
+    decoder: AnyDecoder | None = None
     results: list[Json] = []
     for index, item in enumerate(jobs):
         kind, part = item["kind"], _part(job, index, len(jobs))
@@ -62,6 +68,8 @@ def handle(request: Json, job: Path) -> Json:
         elif kind in encoding.JOBS:
             results.append(encoding.JOBS[kind](session, item, part))
         elif kind in _JOBS:
+            if decoder is None and other is not None:
+                decoder = StaticDecoder(session, other)
             decoder = decoder or CachedDecoder(session, provider.tokens_at_once())
             results.append(_JOBS[kind](decoder, item, part))
         else:
@@ -70,7 +78,7 @@ def handle(request: Json, job: Path) -> Json:
         "results": results,
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
-        "placement": placement(session, provider),
+        "placement": placement(session, provider) if other is None else _both(session, other, provider),
         "evidence": provider.evidence(),
         "device": provider.device(),
         "versions": versions(),
@@ -93,6 +101,13 @@ def placement(session: Any, provider: Provider) -> Json:  # noqa: ANN401 - onnxr
     }
 
 
+def _both(prefill: Any, decode: Any, provider: Provider) -> Json:  # noqa: ANN401
+    first, second = placement(prefill, provider), placement(decode, provider)
+    totals = {name: first[name] + second[name] for name in ("nodes_total", "nodes_on_provider")}
+    fallen = first["fallback_nodes"] + [f"{DECODE_NAME}: {node}" for node in second["fallback_nodes"]]
+    return {"provider": provider.name, **totals, "fallback_nodes": fallen}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what ran: Python, onnxruntime, numpy."""
     import onnxruntime
@@ -111,7 +126,7 @@ def _probe(session: Any, item: Json) -> Json:  # noqa: ANN401
     return {"outputs": {name: np.asarray(array, np.float64).tolist() for name, array in zip(names, found, strict=True)}}
 
 
-def _logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
+def _logits(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
     windows = np.load(item["windows"])
 
     def prefill(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -120,7 +135,7 @@ def _logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
     return _write(decoder, windows, prefill, windows.shape[1], item["output"], progress)
 
 
-def _cached_logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
+def _cached_logits(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
     windows, first = np.load(item["windows"]), int(item["prefill"])
 
     def step_by_step(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -131,7 +146,7 @@ def _cached_logits(decoder: CachedDecoder, item: Json, progress: Progress) -> Js
 
 
 def _write(
-    decoder: CachedDecoder,
+    decoder: AnyDecoder,
     windows: npt.NDArray[np.int64],
     run: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
     rows: int,
@@ -154,7 +169,7 @@ def _write(
     return {"shape": [] if output is None else list(output.shape)}
 
 
-def _greedy(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
+def _greedy(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
     decoder.reset()
     ids = np.array([item["prompt"]], np.int64)
     tokens: list[int] = []
@@ -167,7 +182,7 @@ def _greedy(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
     return {"tokens": tokens}
 
 
-def _speed(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
+def _speed(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
     vocab = int(item["vocab_size"])
     prompt = np.random.default_rng(0).integers(0, vocab, (1, int(item["prompt_tokens"])), dtype=np.int64)
     prefill_seconds: list[float] = []
@@ -191,7 +206,7 @@ def _speed(decoder: CachedDecoder, item: Json, progress: Progress) -> Json:
     return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds}
 
 
-_JOBS: dict[str, Callable[[CachedDecoder, Json, Progress], Json]] = {
+_JOBS: dict[str, Callable[[AnyDecoder, Json, Progress], Json]] = {
     "logits": _logits,
     "cached_logits": _cached_logits,
     "greedy": _greedy,

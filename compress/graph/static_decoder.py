@@ -1,0 +1,283 @@
+"""A decoder's graph for a fixed number of new tokens over a cache of fixed size, in standard operators.
+
+A phone's NPU runs two such graphs over the same weights: *prefill* takes ``new`` tokens at once, *decode* one. Inputs,
+every shape a number (H heads, G of them to one of K key/value heads, T = cache + new)::
+
+    input_ids, position_ids    int64 [1, new]
+    attention_mask             int64 [1, T]              1: slot of the cache in use, or new token that is no padding
+    past_key_values.N.*        float [1, K, cache, D]    a slot that is not in use may hold any finite number
+    logits                     float [1, new, vocab]
+    present.N.*                float [1, K, new, D]      the new tokens alone: the caller writes them into the cache
+
+No operator writes into the cache: the new keys are put behind it for the product, and handed out. Rewritten are::
+
+    SkipSimplifiedLayerNormalization(x, y, w)   ->  RMSNormalization(Add(x, y), w)
+    GroupQueryAttention(qkv, past, cos, sin)    ->  Split, rotary, Concat, MatMul, Add, Softmax, MatMul
+        rotary(x) = x * cos[p] + Concat(x2, x1) * [-sin, sin][p]          (x1, x2: the halves of x)
+        scores    = MatMul(scale * q [1, K, G * new, D], keys^T [1, K, D, T]) + mask [1, 1, G * new, T]
+    the mask  = Min(100 * (attention_mask - 1), 0 or -100 for what comes later)
+
+-100 and not the lowest number, as in ``graph/npu_mask.py``: integers of 16 bits hold it beside the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from compress.errors import CompressError, UsageError
+from compress.graph import static_shapes
+from compress.graph.npu_mask import MASKED
+from compress.graph.rules._edit import constant, drop, forget, node, supersede
+
+_FLOAT, _INT64 = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    new: int
+    cache: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.new
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+def make_static(model: ir.Model, new: int, cache: int) -> dict[str, int]:
+    """Rewrite a finished decoder in place; returns how often each rule fired.
+
+    Args:
+        model: What the rules of ``graph/rules`` made, the rotary tables still inline.
+        new: Tokens a run.
+        cache: Slots of the cache; 0 for a graph that only ever sees a text's beginning.
+
+    Raises:
+        UsageError: The attention or a weight is of a kind that has no such form.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    if not nodes:
+        raise UsageError("the graph has no attention that can be made static", hint="leave out graph.static_length")
+    sizes = _sizes(nodes[0], new, cache)
+    for attention in nodes:
+        _check(attention, sizes)
+    norms = _split_norms(graph)
+    inputs = _inputs(graph, sizes)
+    shared = _Shared(graph, nodes[0], inputs, sizes)
+    for attention in nodes:
+        _write_out(graph, attention, sizes, shared)
+    passes.RemoveUnusedNodesPass()(model)
+    model.opset_imports.pop("com.microsoft", None)
+    foreign = sorted({f"{node.domain}.{node.op_type}" for node in graph if node.domain})
+    if foreign:
+        raise UsageError(
+            "the graph has operators that are not standard: " + ", ".join(foreign),
+            hint="--set quantize.activations=static --set quantize.roles.head.activations=static, with 8 bits",
+        )
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([1, new, logits.shape[-1]])
+    static_shapes.infer_shapes(model)
+    return {"static_attention": len(nodes), "static_norm": norms}
+
+
+def _sizes(attention: ir.Node, new: int, cache: int) -> _Sizes:
+    heads, kv_heads = (_integer(attention, name) for name in ("num_heads", "kv_num_heads"))
+    past = attention.inputs[3]
+    if past is None or past.shape is None or not isinstance(past.shape[3], int):
+        raise CompressError("an attention node has no cache of known head size", where=attention.name)
+    return _Sizes(new, cache, heads, kv_heads, past.shape[3])
+
+
+def _integer(attention: ir.Node, name: str, default: int = 0) -> int:
+    attribute = attention.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _check(attention: ir.Node, sizes: _Sizes) -> None:
+    """Refuse what :func:`_write_out` does not write out.
+
+    Raises:
+        UsageError: A sliding window, a soft cap, interleaved or partial rotary embedding, or none.
+    """
+    window = _integer(attention, "local_window_size", -1)
+    cap = attention.attributes.get("softcap")
+    reasons = []
+    if 0 < window < sizes.total:
+        reasons.append(f"a sliding window of {window} tokens, shorter than {sizes.total}")
+    if cap is not None and cap.as_float():
+        reasons.append("a soft cap")
+    if not _integer(attention, "do_rotary") or _integer(attention, "rotary_interleaved"):
+        reasons.append("another position embedding than rotary halves")
+    if any(value is not None for value in attention.inputs[9:]):
+        reasons.append("positions or a bias of its own")
+    table = attention.inputs[7]
+    if table is not None and table.shape is not None and table.shape[-1] != sizes.head_dim // 2:
+        reasons.append("rotary embedding of a part of the head")
+    if reasons:
+        raise UsageError(
+            "the attention has no static form here: " + ", ".join(reasons),
+            where=attention.name,
+            hint="choose a profile without graph.static_length",
+        )
+
+
+def _split_norms(graph: ir.Graph) -> int:
+    """Write residual norms as a sum and a norm; returns how many."""
+    found = [node for node in graph if node.op_type == "SkipSimplifiedLayerNormalization"]
+    for old in found:
+        first, second, weight = old.inputs[:3]
+        if any(value is not None for value in old.inputs[3:]):
+            raise UsageError("a residual norm with a bias has no static form here", where=old.name)
+        normed = old.outputs[0]
+        total = ir.Value(name=f"{normed.name}/residual")
+        new = ir.Value(name=normed.name)
+        epsilon = old.attributes["epsilon"].as_float()
+        node(graph, old, "Add", [first, second], [total])
+        node(graph, old, "RMSNormalization", [total, weight], [new], axis=-1, epsilon=epsilon)
+        ir.convenience.replace_all_uses_with(normed, new)
+        if len(old.outputs) > 3:
+            ir.convenience.replace_all_uses_with(old.outputs[3], total)
+        drop(graph, [old])
+    return len(found)
+
+
+def _inputs(graph: ir.Graph, sizes: _Sizes) -> dict[str, ir.Value]:
+    """Give the inputs their numbers, and the graph its positions; ``logits_to_keep`` goes: there is one length."""
+    inputs = {value.name or "": value for value in graph.inputs}
+    if "position_ids" not in inputs:
+        inputs["position_ids"] = ir.Value(name="position_ids", type=_INT64)
+        graph.inputs.insert(1, inputs["position_ids"])
+    for name in ("input_ids", "position_ids"):
+        inputs[name].shape = ir.Shape([1, sizes.new])
+    inputs["attention_mask"].shape = ir.Shape([1, sizes.total])
+    for name, value in inputs.items():
+        if name.startswith(_PAST):
+            value.shape = ir.Shape([1, sizes.kv_heads, sizes.cache, sizes.head_dim])
+    for value in graph.outputs:
+        if (value.name or "").startswith(_PRESENT):
+            value.shape = ir.Shape([1, sizes.kv_heads, sizes.new, sizes.head_dim])
+    return inputs
+
+
+class _Shared:
+    """What all layers read: cosine and sine of the positions ``[1, 1, new, D]``, and the mask."""
+
+    def __init__(self, graph: ir.Graph, first: ir.Node, inputs: dict[str, ir.Value], sizes: _Sizes) -> None:
+        self._graph, self._first, self._inputs, self._sizes = graph, first, inputs, sizes
+        cos, sin = (_table(value, max(sizes.cache, sizes.new), first) for value in first.inputs[7:9])
+        self.cos = self._positions("cos", np.concatenate([cos, cos], axis=1))
+        self.sin = self._positions("sin", np.concatenate([-sin, sin], axis=1))
+        self.mask = self._mask()
+
+    def _positions(self, name: str, table: npt.NDArray[np.float32]) -> ir.Value:
+        values = self._constant(f"rotary/{name}", table)
+        rows = self._made("Gather", f"rotary/{name}_rows", values, "position_ids", axis=0)
+        return self._made("Unsqueeze", f"rotary/{name}_at", rows, self._constant("rotary/axis", np.array([1])))
+
+    def _mask(self) -> ir.Value:
+        sizes = self._sizes
+        real = self._made("Cast", "mask/real", "attention_mask", to=int(ir.DataType.FLOAT))
+        column = self._made("Unsqueeze", "mask/column", real, self._constant("mask/axes", np.array([1, 2])))
+        less = self._made("Sub", "mask/less", column, self._constant("mask/one", np.array(1, np.float32)))
+        finite = self._made("Mul", "mask/finite", less, self._constant("mask/masked", np.array(MASKED, np.float32)))
+        if sizes.new == 1:
+            return finite
+        later = np.zeros((sizes.new, sizes.total), np.float32)
+        later[:, sizes.cache :] = np.triu(np.full((sizes.new, sizes.new), -MASKED, np.float32), 1)
+        causal = np.tile(later, (sizes.group, 1))[None, None]
+        return self._made("Min", "mask/causal", finite, self._constant("mask/later", causal))
+
+    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        return constant(self._graph, name, array)
+
+    def _made(self, op_type: str, name: str, *inputs: ir.Value | str, **attributes: Any) -> ir.Value:  # noqa: ANN401
+        output = ir.Value(name=name)
+        values = [self._inputs[value] if isinstance(value, str) else value for value in inputs]
+        node(self._graph, self._first, op_type, values, [output], **attributes)
+        return output
+
+
+def _table(value: ir.Value | None, rows: int, attention: ir.Node) -> npt.NDArray[np.float32]:
+    tensor = None if value is None else value.const_value
+    if tensor is None or isinstance(tensor, ir.ExternalTensor):
+        raise CompressError("the rotary tables of an attention node are not in the graph", where=attention.name)
+    return np.asarray(tensor.numpy(), np.float32)[:rows]
+
+
+def _write_out(graph: ir.Graph, attention: ir.Node, sizes: _Sizes, shared: _Shared) -> None:
+    """Replace one attention node."""
+    name = attention.outputs[0].name
+    new, heads, kv_heads, head_dim = sizes.new, sizes.heads, sizes.kv_heads, sizes.head_dim
+
+    def made(op_type: str, part: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:  # noqa: ANN401
+        output = ir.Value(name=f"{name}/{part}")
+        node(graph, attention, op_type, inputs, [output], **attributes)
+        return output
+
+    def shaped(part: str, value: ir.Value, *shape: int) -> ir.Value:
+        wanted = "x".join(map(str, shape))
+        return made("Reshape", part, value, constant(graph, f"shape/{wanted}", np.array(shape)))
+
+    def split(value: ir.Value | None, widths: tuple[int, ...], *parts: str) -> list[ir.Value]:
+        outputs = [ir.Value(name=f"{name}/{part}") for part in parts]
+        widths_of = constant(graph, f"widths/{'x'.join(map(str, widths))}", np.array(widths))
+        node(graph, attention, "Split", [value, widths_of], outputs, axis=-1)
+        return outputs
+
+    def by_head(part: str, value: ir.Value, count: int) -> ir.Value:
+        return made(
+            "Transpose", f"{part}_heads", shaped(f"{part}_split", value, 1, new, count, head_dim), perm=[0, 2, 1, 3]
+        )
+
+    def rotated(part: str, value: ir.Value) -> ir.Value:
+        first, second = split(value, (head_dim // 2,) * 2, f"{part}_first", f"{part}_second")
+        swapped = made("Concat", f"{part}_swapped", second, first, axis=-1)
+        along = made("Mul", f"{part}_along", value, shared.cos)
+        across = made("Mul", f"{part}_across", swapped, shared.sin)
+        return made("Add", f"{part}_rotated", along, across)
+
+    query, key, value = attention.inputs[:3]
+    if query is None:
+        raise CompressError("an attention node has no query", where=attention.name)
+    if key is None or value is None:
+        query, key, value = split(
+            query, (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), "query", "key", "value"
+        )
+    scale = attention.attributes.get("scale")
+    factor = scale.as_float() if scale is not None and scale.as_float() else head_dim**-0.5
+    query = rotated("query", by_head("query", query, heads))
+    query = made("Mul", "query_scaled", query, constant(graph, f"scale/{factor:g}", np.array(factor, np.float32)))
+    query = shaped("query_grouped", query, 1, kv_heads, sizes.group * new, head_dim)
+    key, value = rotated("key", by_head("key", key, kv_heads)), by_head("value", value, kv_heads)
+    keys = made("Concat", "keys", attention.inputs[3], key, axis=2)
+    values = made("Concat", "values", attention.inputs[4], value, axis=2)
+    scores = made("MatMul", "scores", query, made("Transpose", "keys_transposed", keys, perm=[0, 1, 3, 2]))
+    weights = made("Softmax", "weights", made("Add", "masked", scores, shared.mask), axis=-1)
+    mixed = shaped("mixed_heads", made("MatMul", "mixed", weights, values), 1, heads, new, head_dim)
+    mixed = shaped("joined", made("Transpose", "mixed_tokens", mixed, perm=[0, 2, 1, 3]), 1, new, heads * head_dim)
+    _hand_over(graph, attention, (mixed, key, value))
+
+
+def _hand_over(graph: ir.Graph, attention: ir.Node, values: tuple[ir.Value, ...]) -> None:
+    for old, new in zip(attention.outputs, values, strict=True):
+        if old.is_graph_output():
+            new.shape, new.type = old.shape, _FLOAT
+        supersede(old, new)
+    drop(graph, [attention])
+    for table in attention.inputs[7:9]:
+        if table is not None:
+            forget(graph, table)
