@@ -91,10 +91,16 @@ class QnnProvider(PluginProvider):
     def defaults(self) -> dict[str, str]:
         """Return the HTP backend, for a chip: without one, graphs are made for the oldest.
 
-        Float operators run in float16, which HTP has, instead of falling back: drift shows what that costs.
+        Float operators run in float16, which HTP has, instead of falling back: drift shows what that costs. What turns
+        a graph's inputs and outputs into integers and back runs on HTP too, not on the CPU as the default is.
         """
         backend = importlib.import_module(self.module).get_qnn_htp_path()
-        return {"backend_path": str(backend), "soc_model": DEFAULT_SOC, "enable_htp_fp16_precision": "1"}
+        return {
+            "backend_path": str(backend),
+            "soc_model": DEFAULT_SOC,
+            "enable_htp_fp16_precision": "1",
+            "offload_graph_io_quantization": "0",
+        }
 
     def start(self, ort: Any, model: Path, options: Any, provider_options: Mapping[str, str]) -> Any:  # noqa: ANN401
         """Start the session; chips may be called by their names."""
