@@ -124,7 +124,7 @@ def _check(attention: ir.Node, sizes: _Sizes) -> None:
         reasons.append("another position embedding than rotary halves")
     if any(value is not None for value in attention.inputs[9:]):
         reasons.append("positions or a bias of its own")
-    table = attention.inputs[7]
+    table = attention.inputs[7] if len(attention.inputs) > 7 else None
     if table is not None and table.shape is not None and table.shape[-1] != sizes.head_dim // 2:
         reasons.append("rotary embedding of a part of the head")
     if reasons:
