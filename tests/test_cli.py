@@ -166,7 +166,7 @@ def test_a_provider_that_does_not_work(
 ) -> None:
     artifact = str(tiny_artifact("llama", "arm-int4"))
     assert "unknown provider 'cup'" in fail(capsys, "bench", artifact, "--on", "cup", code=2)
-    monkeypatch.setattr("compress.providers.cpu.CpuProvider.available", lambda self: (False, "it is broken"))
+    monkeypatch.setattr("compress.providers.cpu.CpuProvider.missing", lambda self: "it is broken")
     message = fail(capsys, "bench", artifact, code=4)
     assert "cpu provider does not work here" in message and "it is broken" in message
 
