@@ -130,7 +130,8 @@ def test_the_verdict_decides_the_exit_code(
     verdict: str, fallback: list[str], code: int, status: str, capsys: Capture, tiny_model: Callable[[str], Path],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    report = {"verdict": {"status": verdict, "reasons": []}, "providers": [{"state": "fell_back" if fallback else "ran"}]}
+    state = "fell_back" if fallback else "ran"
+    report = {"verdict": {"status": verdict, "reasons": []}, "providers": [{"state": state}]}
     monkeypatch.setattr("compress.proof.prove", lambda *arguments, **named: report)
     output = tmp_path / "artifact"
     text = succeed(

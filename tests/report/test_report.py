@@ -338,7 +338,8 @@ def test_a_calibration_that_cannot_be_is_refused(change: dict[str, Any]) -> None
 
 
 def test_what_was_not_measured_has_no_line(report: Report) -> None:
-    bare = report.model_copy(update={"drift": None, "speed": (), "placement": (), "providers": (), "stages": (), "allocation": None})
+    nothing = {"drift": None, "speed": (), "placement": (), "providers": (), "stages": (), "allocation": None}
+    bare = report.model_copy(update=nothing)
     output = shown(bare, 80)
     assert "KL" not in output and "tok/s" not in output and "nodes" not in output
 
