@@ -80,6 +80,25 @@ def check_calibration(plan: Plan, profile: Profile, options: ExportOptions) -> N
         )
 
 
+def _check_cache(structure: Structure, profile: Profile) -> None:
+    """Refuse to measure texts that a static decoder's cache does not hold.
+
+    Raises:
+        UsageError: A window, or prompt and new tokens together, are longer.
+    """
+    if isinstance(structure, Encoder) or profile.graph.static_length is None:
+        return
+    asked, slots = profile.validation, min(profile.graph.cache_length, structure.context_length)
+    # Prompts are cut to the positions that the model has.
+    longest = min(max(asked.window, asked.prompt_tokens + asked.new_tokens), structure.context_length)
+    if longest > slots:
+        raise UsageError(
+            f"validation runs {longest} tokens, a cache of {slots} does not hold them",
+            where=f"profile {profile.name}",
+            hint=f"--set graph.cache_length={longest}, or lower validation.window, prompt_tokens and new_tokens",
+        )
+
+
 def check_plan(plan: Plan, profile: Profile) -> None:
     """Refuse an algorithm that would have no calibration, and to choose bits where there is nothing to choose.
 
@@ -96,6 +115,7 @@ def check_plan(plan: Plan, profile: Profile) -> None:
             where=f"profile {profile.name}",
             hint=f"--set graph.static_length={positions} --set validation.max_length={positions}",
         )
+    _check_cache(plan.structure, profile)
     decoder.check(plan, profile)
     if profile.quantize.allocation != "budget":
         return

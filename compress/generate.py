@@ -12,8 +12,9 @@ import numpy as np
 
 from compress import providers
 from compress.errors import CompressError, UsageError
-from compress.validate.artifact import DECODING, open_artifact
+from compress.validate.artifact import DECODING, Artifact, open_artifact
 from compress.validate.decoding import CachedDecoder
+from compress.validate.static_decoding import StaticDecoder, decode_graph
 
 
 def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads: int | None) -> Iterator[str]:
@@ -37,13 +38,13 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
     ids = _encode(tokenizer, prompt, chat)
     if not ids:
         raise CompressError("the prompt is empty", hint="give at least one word")
-    room = (opened.context_length or 1 << 30) - len(ids)
+    decoder = _decoder(opened, threads or os.cpu_count() or 1)
+    slots = decoder.slots if isinstance(decoder, StaticDecoder) else 1 << 30
+    room = min(opened.context_length or 1 << 30, slots) - len(ids)
     if room < 1:
         raise CompressError(
-            f"the prompt has {len(ids)} tokens, the model's context {opened.context_length}", hint="shorten the prompt"
+            f"the prompt has {len(ids)} tokens, the model's context {len(ids) + room}", hint="shorten the prompt"
         )
-    session = providers.load("cpu").session(opened.model, opened.session_options, threads or os.cpu_count() or 1)
-    decoder = CachedDecoder(session)
     stop = _end_tokens(artifact)
     made: list[int] = []
     shown = ""
@@ -59,6 +60,15 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
             yield text[len(shown) :]
             shown = text
         feed = np.array([[token]], np.int64)
+
+
+def _decoder(opened: Artifact, threads: int) -> CachedDecoder | StaticDecoder:
+    cpu = providers.load("cpu")
+    session = cpu.session(opened.model, opened.session_options, threads)
+    beside = decode_graph(opened.model, session)
+    if beside is None:
+        return CachedDecoder(session)
+    return StaticDecoder(session, cpu.session(beside, opened.session_options, threads))
 
 
 def _no_writer(artifact: Path, task: str) -> UsageError:

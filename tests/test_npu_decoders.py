@@ -11,10 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compress import pipeline
-from compress.errors import CompressError
+from compress import checks, pipeline
+from compress.errors import CompressError, UsageError
+from compress.generate import stream
+from compress.plan import make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
+from compress.source import open_checkpoint
 from compress.validate.artifact import open_artifact
 from compress.validate.protocol import Json, run_worker
 from compress.validate.static_decoding import DECODE_NAME
@@ -27,6 +30,10 @@ CHANGES = (
     f"graph.cache_length={SLOTS}",
     "targets=[]",
     "quantize.algorithm=rtn",
+    "validation.tokens=32",
+    "validation.window=32",
+    "validation.prompt_tokens=16",
+    "validation.new_tokens=16",
 )
 #: Observed: 0.0007, nearly all of it the weights; 8 bits of activations: 0.02.
 LIMIT = 0.0015
@@ -134,3 +141,20 @@ def test_the_artifact_counts_both_graphs(tiny_artifact: Artifact) -> None:
     artifact = tiny_artifact("llama", "npu-qnn-int8", *CHANGES)
     files = ("model.onnx", DECODE_NAME, "model.onnx.data")
     assert open_artifact(artifact).bytes == sum((artifact / name).stat().st_size for name in files)
+
+
+def test_a_text_is_generated(tiny_artifact: Artifact) -> None:
+    """To the end of the cache, and no further."""
+    artifact = tiny_artifact("llama", "npu-qnn-int8", *CHANGES)
+    pieces = list(stream(artifact, "a function", new_tokens=1000, chat=False, threads=1))
+    assert pieces
+    with pytest.raises(CompressError, match=f"the model's context {SLOTS}"):
+        list(stream(artifact, "a function " * 40, new_tokens=4, chat=False, threads=1))
+
+
+def test_a_cache_too_short_for_validation_is_refused(tiny_model: Callable[[str], Path]) -> None:
+    profile = load_profile("npu-qnn-int8", [*CHANGES, f"validation.prompt_tokens={SLOTS}"])
+    with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
+        plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)
+    with pytest.raises(UsageError, match=f"runs {SLOTS + 16} tokens, a cache of {SLOTS} does not"):
+        checks.check_plan(plan, profile)

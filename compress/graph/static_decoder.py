@@ -78,7 +78,7 @@ def make_static(model: ir.Model, new: int, cache: int) -> dict[str, int]:
     inputs = _inputs(graph, sizes)
     shared = _Shared(graph, nodes[0], inputs, sizes)
     for attention in nodes:
-        _write_out(graph, attention, sizes, shared)
+        _Attention(graph, attention, sizes, shared).write_out()
     passes.RemoveUnusedNodesPass()(model)
     model.opset_imports.pop("com.microsoft", None)
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in graph if node.domain})
@@ -108,7 +108,7 @@ def _integer(attention: ir.Node, name: str, default: int = 0) -> int:
 
 
 def _check(attention: ir.Node, sizes: _Sizes) -> None:
-    """Refuse what :func:`_write_out` does not write out.
+    """Refuse what :class:`_Attention` does not write out.
 
     Raises:
         UsageError: A sliding window, a soft cap, interleaved or partial rotary embedding, or none.
@@ -218,58 +218,71 @@ def _table(value: ir.Value | None, rows: int, attention: ir.Node) -> npt.NDArray
     return np.asarray(tensor.numpy(), np.float32)[:rows]
 
 
-def _write_out(graph: ir.Graph, attention: ir.Node, sizes: _Sizes, shared: _Shared) -> None:
-    """Replace one attention node."""
-    name = attention.outputs[0].name
-    new, heads, kv_heads, head_dim = sizes.new, sizes.heads, sizes.kv_heads, sizes.head_dim
+class _Attention:
+    """One attention node, and what it is written out as."""
 
-    def made(op_type: str, part: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:  # noqa: ANN401
-        output = ir.Value(name=f"{name}/{part}")
-        node(graph, attention, op_type, inputs, [output], **attributes)
-        return output
+    def __init__(self, graph: ir.Graph, old: ir.Node, sizes: _Sizes, shared: _Shared) -> None:
+        self._graph, self._old, self._sizes, self._shared = graph, old, sizes, shared
+        self._name = old.outputs[0].name
 
-    def shaped(part: str, value: ir.Value, *shape: int) -> ir.Value:
-        wanted = "x".join(map(str, shape))
-        return made("Reshape", part, value, constant(graph, f"shape/{wanted}", np.array(shape)))
+    def write_out(self) -> None:
+        """Replace the node."""
+        sizes, old = self._sizes, self._old
+        query, key, value = self._parts()
+        query = self._rotated("query", self._by_head("query", query, sizes.heads))
+        scale = old.attributes.get("scale")
+        factor = scale.as_float() if scale is not None and scale.as_float() else sizes.head_dim**-0.5
+        factor_value = constant(self._graph, f"scale/{factor:g}", np.array(factor, np.float32))
+        query = self._made("Mul", "query_scaled", query, factor_value)
+        # Query heads of one key head are neighbours: one product for all of them.
+        query = self._shaped("query_grouped", query, 1, sizes.kv_heads, sizes.group * sizes.new, sizes.head_dim)
+        key = self._rotated("key", self._by_head("key", key, sizes.kv_heads))
+        value = self._by_head("value", value, sizes.kv_heads)
+        keys = self._made("Concat", "keys", old.inputs[3], key, axis=2)
+        values = self._made("Concat", "values", old.inputs[4], value, axis=2)
+        turned = self._made("Transpose", "keys_transposed", keys, perm=[0, 1, 3, 2])
+        masked = self._made("Add", "masked", self._made("MatMul", "scores", query, turned), self._shared.mask)
+        mixed = self._made("MatMul", "mixed", self._made("Softmax", "weights", masked, axis=-1), values)
+        mixed = self._shaped("mixed_heads", mixed, 1, sizes.heads, sizes.new, sizes.head_dim)
+        mixed = self._made("Transpose", "mixed_tokens", mixed, perm=[0, 2, 1, 3])
+        mixed = self._shaped("joined", mixed, 1, sizes.new, sizes.heads * sizes.head_dim)
+        _hand_over(self._graph, old, (mixed, key, value))
 
-    def split(value: ir.Value | None, widths: tuple[int, ...], *parts: str) -> list[ir.Value]:
-        outputs = [ir.Value(name=f"{name}/{part}") for part in parts]
-        widths_of = constant(graph, f"widths/{'x'.join(map(str, widths))}", np.array(widths))
-        node(graph, attention, "Split", [value, widths_of], outputs, axis=-1)
+    def _parts(self) -> list[ir.Value]:
+        query, key, value = self._old.inputs[:3]
+        if query is None:
+            raise CompressError("an attention node has no query", where=self._old.name)
+        if key is not None and value is not None:
+            return [query, key, value]
+        widths = [count * self._sizes.head_dim for count in (self._sizes.heads, *(self._sizes.kv_heads,) * 2)]
+        return self._split(query, widths, "query", "key", "value")
+
+    def _by_head(self, part: str, value: ir.Value, count: int) -> ir.Value:
+        split = self._shaped(f"{part}_split", value, 1, self._sizes.new, count, self._sizes.head_dim)
+        return self._made("Transpose", f"{part}_heads", split, perm=[0, 2, 1, 3])
+
+    def _rotated(self, part: str, value: ir.Value) -> ir.Value:
+        half = self._sizes.head_dim // 2
+        first, second = self._split(value, [half, half], f"{part}_first", f"{part}_second")
+        swapped = self._made("Concat", f"{part}_swapped", second, first, axis=-1)
+        along = self._made("Mul", f"{part}_along", value, self._shared.cos)
+        across = self._made("Mul", f"{part}_across", swapped, self._shared.sin)
+        return self._made("Add", f"{part}_rotated", along, across)
+
+    def _split(self, value: ir.Value, widths: list[int], *parts: str) -> list[ir.Value]:
+        outputs = [ir.Value(name=f"{self._name}/{part}") for part in parts]
+        widths_value = constant(self._graph, f"widths/{'x'.join(map(str, widths))}", np.array(widths))
+        node(self._graph, self._old, "Split", [value, widths_value], outputs, axis=-1)
         return outputs
 
-    def by_head(part: str, value: ir.Value, count: int) -> ir.Value:
-        return made(
-            "Transpose", f"{part}_heads", shaped(f"{part}_split", value, 1, new, count, head_dim), perm=[0, 2, 1, 3]
-        )
+    def _shaped(self, part: str, value: ir.Value, *shape: int) -> ir.Value:
+        wanted = constant(self._graph, f"shape/{'x'.join(map(str, shape))}", np.array(shape))
+        return self._made("Reshape", part, value, wanted)
 
-    def rotated(part: str, value: ir.Value) -> ir.Value:
-        first, second = split(value, (head_dim // 2,) * 2, f"{part}_first", f"{part}_second")
-        swapped = made("Concat", f"{part}_swapped", second, first, axis=-1)
-        along = made("Mul", f"{part}_along", value, shared.cos)
-        across = made("Mul", f"{part}_across", swapped, shared.sin)
-        return made("Add", f"{part}_rotated", along, across)
-
-    query, key, value = attention.inputs[:3]
-    if query is None:
-        raise CompressError("an attention node has no query", where=attention.name)
-    if key is None or value is None:
-        query, key, value = split(
-            query, (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), "query", "key", "value"
-        )
-    scale = attention.attributes.get("scale")
-    factor = scale.as_float() if scale is not None and scale.as_float() else head_dim**-0.5
-    query = rotated("query", by_head("query", query, heads))
-    query = made("Mul", "query_scaled", query, constant(graph, f"scale/{factor:g}", np.array(factor, np.float32)))
-    query = shaped("query_grouped", query, 1, kv_heads, sizes.group * new, head_dim)
-    key, value = rotated("key", by_head("key", key, kv_heads)), by_head("value", value, kv_heads)
-    keys = made("Concat", "keys", attention.inputs[3], key, axis=2)
-    values = made("Concat", "values", attention.inputs[4], value, axis=2)
-    scores = made("MatMul", "scores", query, made("Transpose", "keys_transposed", keys, perm=[0, 1, 3, 2]))
-    weights = made("Softmax", "weights", made("Add", "masked", scores, shared.mask), axis=-1)
-    mixed = shaped("mixed_heads", made("MatMul", "mixed", weights, values), 1, heads, new, head_dim)
-    mixed = shaped("joined", made("Transpose", "mixed_tokens", mixed, perm=[0, 2, 1, 3]), 1, new, heads * head_dim)
-    _hand_over(graph, attention, (mixed, key, value))
+    def _made(self, op_type: str, part: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:  # noqa: ANN401
+        output = ir.Value(name=f"{self._name}/{part}")
+        node(self._graph, self._old, op_type, inputs, [output], **attributes)
+        return output
 
 
 def _hand_over(graph: ir.Graph, attention: ir.Node, values: tuple[ir.Value, ...]) -> None:

@@ -16,7 +16,8 @@ from static_sessions import open_static, source_logits
 from tiny_models import VOCABULARY
 
 NEW, SLOTS = 16, 48
-STATIC = ('graph.fusions=["gelu"]', f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", "targets=[]")
+SHORT = ("validation.tokens=32", "validation.window=32", "validation.prompt_tokens=16", "validation.new_tokens=16")
+STATIC = ('graph.fusions=["gelu"]', f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", "targets=[]", *SHORT)
 #: Longer than one prefill, and not a multiple of it; then so many single tokens.
 PROMPT, STEPS = 37, 5
 #: Observed: 3e-6.

@@ -19,7 +19,8 @@ from tiny_models import VOCABULARY
 pytestmark = pytest.mark.providers
 
 NEW, SLOTS, LENGTH, PREFILL = 16, 48, 40, 30
-CHANGES = (f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", "targets=[]", "quantize.algorithm=rtn")
+SHORT = ("validation.tokens=32", "validation.window=32", "validation.prompt_tokens=16", "validation.new_tokens=16")
+CHANGES = (f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", "targets=[]", "quantize.algorithm=rtn", *SHORT)
 #: Observed: 2e-6. A prefill that sees what comes later is 0.1 and more away.
 LIMIT = 1e-4
 
