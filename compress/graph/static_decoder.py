@@ -52,6 +52,11 @@ class _Sizes:
         return self.cache + self.new
 
     @property
+    def longest(self) -> int:
+        # New tokens have their place in the cache too, unless there is none.
+        return max(self.cache, self.new)
+
+    @property
     def group(self) -> int:
         return self.heads // self.kv_heads
 
@@ -116,8 +121,8 @@ def _check(attention: ir.Node, sizes: _Sizes) -> None:
     window = _integer(attention, "local_window_size", -1)
     cap = attention.attributes.get("softcap")
     reasons = []
-    if 0 < window < sizes.total:
-        reasons.append(f"a sliding window of {window} tokens, shorter than {sizes.total}")
+    if 0 < window < sizes.longest:
+        reasons.append(f"a sliding window of {window} tokens, shorter than {sizes.longest}")
     if cap is not None and cap.as_float():
         reasons.append("a soft cap")
     if not _integer(attention, "do_rotary") or _integer(attention, "rotary_interleaved"):
@@ -178,7 +183,7 @@ class _Shared:
 
     def __init__(self, graph: ir.Graph, first: ir.Node, inputs: dict[str, ir.Value], sizes: _Sizes) -> None:
         self._graph, self._first, self._inputs, self._sizes = graph, first, inputs, sizes
-        cos, sin = (_table(value, max(sizes.cache, sizes.new), first) for value in first.inputs[7:9])
+        cos, sin = (_table(value, sizes.longest, first) for value in first.inputs[7:9])
         self.cos = self._positions("cos", np.concatenate([cos, cos], axis=1))
         self.sin = self._positions("sin", np.concatenate([-sin, sin], axis=1))
         self.mask = self._mask()

@@ -116,7 +116,7 @@ def test_both_graphs_read_one_weights_file(tiny_artifact: Artifact) -> None:
     ("name", "reason"),
     [
         ("gpt2", "another position embedding"),
-        ("mistral", "a sliding window of 12 tokens, shorter than 64"),
+        ("mistral", "a sliding window of 12 tokens, shorter than 48"),
         ("phi3-longrope", "no static form"),
     ],
 )
