@@ -104,7 +104,8 @@ class Fate:
 class Plan:
     """Fates in file order and the predictions that follow from them; sizes in bytes.
 
-    ``static_length`` and ``activation_bits`` are the profile's: they decide how large the graph file is.
+    ``static_length``, ``cache_length`` and ``activation_bits`` are the profile's: they decide how large the graph file
+    is.
     """
 
     model_type: str
@@ -115,6 +116,7 @@ class Plan:
     data_bytes: int
     source_bytes: int
     static_length: int | None = None
+    cache_length: int | None = None
     activation_bits: int | None = None
 
     @property
@@ -216,6 +218,7 @@ def make_plan(
         data_bytes=layout.end,
         source_bytes=_source_bytes(structure, checkpoint.tensors()),
         static_length=profile.graph.static_length,
+        cache_length=min(profile.graph.cache_length, structure.context_length),
         activation_bits=profile.quantize.activation_bits,
     )
 

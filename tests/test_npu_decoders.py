@@ -158,3 +158,15 @@ def test_a_cache_too_short_for_validation_is_refused(tiny_model: Callable[[str],
         plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)
     with pytest.raises(UsageError, match=f"runs {SLOTS + 16} tokens, a cache of {SLOTS} does not"):
         checks.check_plan(plan, profile)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_predicted_bytes_come_true(name: str, tiny_model: Callable[[str], Path], tiny_artifact: Artifact) -> None:
+    with open_checkpoint(str(tiny_model(name))) as checkpoint:
+        plan = make_plan(pipeline.describe(checkpoint), load_profile("npu-qnn-int8", CHANGES), checkpoint)
+    artifact = tiny_artifact(name, "npu-qnn-int8", *CHANGES)
+    prefill, decode, data = (
+        (artifact / file).stat().st_size for file in ("model.onnx", DECODE_NAME, "model.onnx.data")
+    )
+    assert data == plan.data_bytes
+    assert plan.graph_bytes == pytest.approx(prefill + decode, rel=0.05)

@@ -40,13 +40,17 @@ _LONG_ROPE = (1167, 22)
 _CAST = 48
 #: Where every tensor is of integers: the boundary, and a block with its scales, zero points and names.
 _STATIC = (10_050, 15_950)
+#: The same of each of a decoder's two graphs.
+_STATIC_DECODER = (4_440, 37_780)
 
 
 def predict_graph_bytes(plan: Plan) -> int:
-    """Return the predicted bytes of ``model.onnx``."""
+    """Return the predicted bytes of ``model.onnx``, and of ``decode.onnx`` where there is one."""
     encoder = plan.structure if isinstance(plan.structure, Encoder) else None
     if encoder is not None and plan.activation_bits is not None:
         return _static_bytes(plan, encoder, plan.activation_bits // 8)
+    if isinstance(plan.structure, Decoder) and plan.activation_bits is not None:
+        return _static_decoder_bytes(plan, plan.structure, plan.activation_bits // 8)
     total = _encoder_nodes(plan, encoder) if encoder is not None else _node_bytes(plan.structure)
     shared = _shared_prefixes(plan.structure)
     for fate in plan.fates:
@@ -80,6 +84,18 @@ def _static_bytes(plan: Plan, encoder: Encoder, width: int) -> int:
             elements = stored.nbytes // (4 if stored.dtype == "float32" else 1)
             total += stored.nbytes if whole or stored.dtype != "float32" else elements * rows // fate.rows * width
     return total
+
+
+def _static_decoder_bytes(plan: Plan, decoder: Decoder, width: int) -> int:
+    """Return both graphs' bytes: each has the small tensors and the rotary tables, the prefill the causal mask."""
+    assert plan.static_length is not None and plan.cache_length is not None
+    fixed, block = _STATIC_DECODER
+    new, slots = plan.static_length, plan.cache_length
+    one = fixed + block * decoder.layers + 2 * max(new, slots) * decoder.head_dim * width
+    for fate in plan.fates:
+        inline = sum(stored.nbytes for stored in fate.stored if stored.offset is None)
+        one += inline // 4 * width if fate.kind == "table" else inline
+    return 2 * one + decoder.heads // decoder.kv_heads * new * (slots + new) * width
 
 
 def _node_bytes(structure: Structure) -> int:
