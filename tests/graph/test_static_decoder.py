@@ -10,10 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from compress import pipeline
 from compress.errors import CompressError, UsageError
+from compress.profile import load_profile
+from compress.progress import Stages
 from compress.validate.static_decoding import DECODE_NAME, StaticDecoder
 from static_sessions import open_static, source_logits
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, save_tiny_model
 
 NEW, SLOTS = 16, 48
 SHORT = ("validation.tokens=32", "validation.window=32", "validation.prompt_tokens=16", "validation.new_tokens=16")
@@ -48,6 +51,16 @@ def test_logits_are_those_of_transformers(name: str, tiny_artifact: Artifact, ti
     )
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_as_long_as_the_cache_is_none(name: str, fast_skeletons: None, tmp_path: Path) -> None:
+    source = save_tiny_model(name, tmp_path / "source", sliding_window=SLOTS)
+    output = tmp_path / "artifact"
+    options = pipeline.ExportOptions(validate=False, threads=1)
+    pipeline.export(pipeline.ModelReference(str(source)), load_profile("float", STATIC), output, options, Stages())
+    ids = tokens()
+    assert np.abs(by_pieces(open_static(output), ids) - source_logits(source, ids)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("fault", ["position", "mask", "cache"])
