@@ -341,7 +341,7 @@ def test_an_output_that_exists(bench: Bench) -> None:
         ("quantize.zero_point_dtype=float32", ("unknown key 'quantize.zero_point_dtype'",)),
         ("quantize.algorithm=rnt", ("unknown quantization algorithm 'rnt'", "did you mean rtn")),
         ("quantize.roles.embedding.block_size=128", ("tied table", "--set quantize.roles.embedding.block_size=64")),
-        ("provider=cuda", ("unknown provider 'cuda'",)),
+        ("provider=cudda", ("unknown provider 'cudda'", "did you mean cuda")),
         ('targets=["genai", "toaster"]', ("no packager for target 'toaster'", "known: genai")),
         ("quantize.bits", ("is not KEY=VALUE", "quantize.block_size=64")),
     ],
