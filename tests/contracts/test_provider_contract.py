@@ -53,7 +53,8 @@ class TestContract:
         usable(name)
         provider = providers.load(name)
         session = provider.session(model, {"log_severity_level": "3"}, 1)
-        np.testing.assert_array_equal(session.run(None, {"x": np.array([1, 2], np.float32)})[0], [2, 4])
+        # A provider may compute in float16.
+        np.testing.assert_allclose(session.run(None, {"x": np.array([1, 2], np.float32)})[0], [2, 4], rtol=1e-3)
         placed = placement(session, provider)
         assert placed["nodes_total"] == placed["nodes_on_provider"] >= 1 and placed["fallback_nodes"] == []
 

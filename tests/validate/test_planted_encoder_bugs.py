@@ -125,8 +125,9 @@ def shifted_positions(model: ir.Model) -> None:
 
 
 def dropped_bias(model: ir.Model) -> None:
-    """A layer's first bias is lost."""
-    change(model, "layer.0.intermediate.dense.bias", np.zeros_like)
+    """The first biases of the feed-forwards are lost."""
+    for layer in (0, 1):
+        change(model, f"layer.{layer}.intermediate.dense.bias", np.zeros_like)
 
 
 def leaking_mask(model: ir.Model) -> None:
