@@ -27,8 +27,6 @@ from compress.validate.protocol import Json, peak_rss_bytes, serve
 from compress.validate.worker import versions
 
 _OPTIONS = {"session.disable_cpu_ep_fallback": "1"}
-#: Inputs are quantized, and outputs dequantized, on the NPU too.
-_PROVIDER_OPTIONS = {"offload_graph_io_quantization": "0"}
 
 
 def handle(request: Json, job: Path) -> Json:
@@ -52,7 +50,7 @@ def _compile(request: Json) -> tuple[Json, float | None]:
 
     options = session_options(_OPTIONS, 1)
     options.add_provider_for_devices(
-        PROVIDER.devices(), {**PROVIDER.defaults(), **_PROVIDER_OPTIONS, "soc_model": soc_model(request["soc"])}
+        PROVIDER.devices(), {**PROVIDER.defaults(), "soc_model": soc_model(request["soc"])}
     )
     output = Path(request["output"])
     start = time.perf_counter()
@@ -73,7 +71,7 @@ def _run(request: Json) -> tuple[Json, float | None]:
     if request.get("provider") == cpu.PROVIDER.name:
         session = cpu.PROVIDER.session(model, {}, 1)
     else:
-        session = PROVIDER.session(model, _OPTIONS, 1, {**_PROVIDER_OPTIONS, "soc_model": request["soc"]})
+        session = PROVIDER.session(model, _OPTIONS, 1, {"soc_model": request["soc"]})
     load_seconds = time.perf_counter() - start
     names = [output.name for output in session.get_outputs()]
     with np.load(request["samples"]) as stored:

@@ -47,7 +47,8 @@ class OrtProvider:
             raise ProviderError(
                 f"the {self.name} provider's runtime is not installed", hint=f"compress doctor --install {self.name}"
             )
-        return Runtime((str(self.environment.python),))
+        # Nothing of the user's own environment is looked up in the provider's.
+        return Runtime((str(self.environment.python),), {"PYTHONPATH": ""})
 
     def missing(self) -> str | None:
         """Return what this machine lacks that no installation brings: a system, a driver; ``None`` if nothing."""

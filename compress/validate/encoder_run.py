@@ -26,7 +26,7 @@ from compress.validate.run import (
     Measured,
     Progress,
     Validation,
-    one_line,
+    measure_from_cpu,
     output_of,
     scratch_directory,
     since,
@@ -176,6 +176,7 @@ def measure_graph(
     except UsageError:
         raise
     except CompressError as error:
+        output_of(work, provider).unlink(missing_ok=True)  # half of it would pass for what the others are held to
         measured.fail(provider, error)
         measured.missing |= dict.fromkeys(every, "the run failed")
         return
@@ -202,16 +203,14 @@ def _measure_from_cpu(
     progress: Progress,
 ) -> None:
     """Fill in how far a provider is from the CPU provider on the same graph: what it alone is to blame for."""
-    base = output_of(work, REFERENCE)
-    try:
-        if not base.exists():
-            run_drift(artifact, REFERENCE, reference, base, plan, progress)
-        source = replace(reference.drift, outputs=base)
-        found = compare(artifact, provider, replace(reference, drift=source), output_of(work, provider))
-    except CompressError as error:
-        measured.not_measured["drift_from_cpu"] = one_line(error)
-        return
-    measured.drift_from_cpu = found.model_copy(update={"reference": "the same artifact on the cpu provider"})
+
+    def against(base: Path) -> EncoderDrift:
+        source = replace(reference, drift=replace(reference.drift, outputs=base))
+        return compare(artifact, provider, source, output_of(work, provider))
+
+    measure_from_cpu(
+        measured, work, lambda base: run_drift(artifact, REFERENCE, reference, base, plan, progress), against
+    )
 
 
 def numbers(drift: EncoderDrift) -> dict[str, float | None]:

@@ -33,7 +33,12 @@ class Terms:
 
     def forbidden(self, fallback_nodes: Sequence[str]) -> list[str]:
         """Return the entries of a placement's ``fallback_nodes`` that are not allowed."""
-        return [node for node in fallback_nodes if not any(f"({kind})" in node for kind in self.allowed_fallback)]
+        return [node for node in fallback_nodes if _operator(node) not in self.allowed_fallback]
+
+
+def _operator(entry: str) -> str:
+    """Return the operator type of a placement's entry, ``NAME (TYPE) on ...``; names are the graph's, hence hostile."""
+    return entry.rpartition("(")[2].partition(")")[0]
 
 
 def runtime_of(name: str) -> Runtime | None:

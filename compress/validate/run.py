@@ -263,6 +263,7 @@ def measure_graph(
     except UsageError:
         raise
     except CompressError as error:
+        output_of(work, provider).unlink(missing_ok=True)  # half of it would pass for what the others are held to
         measured.fail(provider, error)
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), "the run failed")
         return
@@ -290,19 +291,41 @@ def _measure_from_cpu(
     progress: Progress,
 ) -> None:
     """Fill in how far a provider is from the CPU provider on the same graph: what it alone is to blame for."""
+
+    def on_cpu(base: Path) -> None:
+        job: Json = {"kind": "logits", "windows": str(reference.windows_path), "output": str(base)}
+        run_artifact(
+            artifact, REFERENCE, [job], plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
+        )
+
+    def compare(base: Path) -> DecoderDrift:
+        found = drift.measure(LogitsFile(base), LogitsFile(output_of(work, provider)), reference.windows)
+        return _report_drift(provider, reference, found, None)
+
+    measure_from_cpu(measured, work, on_cpu, compare)
+
+
+def measure_from_cpu(
+    measured: Measured, work: Path, on_cpu: Callable[[Path], object], compare: Callable[[Path], AnyDrift]
+) -> None:
+    """Fill in ``drift_from_cpu``.
+
+    Args:
+        measured: The provider's.
+        work: Where outputs are kept; those of the CPU are made once.
+        on_cpu: Writes them to a path.
+        compare: Compares the provider's with them.
+    """
     base = output_of(work, REFERENCE)
     try:
         if not base.exists():
-            job: Json = {"kind": "logits", "windows": str(reference.windows_path), "output": str(base)}
-            run_artifact(
-                artifact, REFERENCE, [job], plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
-            )
-        found = drift.measure(LogitsFile(base), LogitsFile(output_of(work, provider)), reference.windows)
+            on_cpu(base)
+        found = compare(base)
     except CompressError as error:
+        base.unlink(missing_ok=True)  # what a failed run left is nobody's reference
         measured.not_measured["drift_from_cpu"] = one_line(error)
         return
-    report = _report_drift(provider, reference, found, None)
-    measured.drift_from_cpu = report.model_copy(update={"reference": "the same artifact on the cpu provider"})
+    measured.drift_from_cpu = found.model_copy(update={"reference": "the same artifact on the cpu provider"})
 
 
 def output_of(work: Path, provider: str) -> Path:

@@ -12,8 +12,9 @@ import pytest
 
 from compress import doctor, proof, providers, validate
 from compress.contracts import Evidence
-from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, ProviderError
+from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, ProviderError
 from compress.validate import on_provider, speed
+from compress.validate.run import Measured, measure_from_cpu, output_of
 from faulty_provider import planted
 
 PLAN = speed.SpeedPlan(prompt_tokens=8, new_tokens=3, repeats=1, timeout=60)
@@ -113,6 +114,24 @@ def test_a_fallback_that_the_profile_allows_passes(artifact: Path, monkeypatch: 
     assert allowed.verdict.status == "pass" and allowed.providers[0].state == "ran"
     one_less = run(artifact, None, **settings, terms=on_provider.Terms(allowed_fallback=tuple(kinds[1:])))
     assert one_less.verdict.status == "fail" and one_less.providers[0].state == "fell_back"
+
+
+def test_a_nodes_name_does_not_pass_for_its_type() -> None:
+    terms = on_provider.Terms(allowed_fallback=("Cast",))
+    entries = ["a (Cast) on CPUExecutionProvider", "(Cast) (MatMul) on CPUExecutionProvider"]
+    assert terms.forbidden(entries) == entries[1:]
+
+
+def test_what_a_failed_run_left_is_no_reference(tmp_path: Path) -> None:
+    measured, base = Measured(), output_of(tmp_path, "cpu")
+
+    def broken(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise CompressError("it crashed")
+
+    measure_from_cpu(measured, tmp_path, broken, lambda path: pytest.fail("half a file was compared with"))
+    assert measured.drift_from_cpu is None and measured.not_measured == {"drift_from_cpu": "it crashed"}
+    assert not base.exists()
 
 
 @pytest.mark.parametrize("evidence", ["simulated", "emulated"])
