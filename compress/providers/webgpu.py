@@ -36,15 +36,17 @@ class WebGpuProvider(OrtProvider):
         Raises:
             ProviderError: The environment, or a driver, is not installed.
         """
-        if not self.environment.installed:
-            raise ProviderError("onnxruntime-webgpu has no environment here yet", hint=_REMEDY)
-        variables = {"PYTHONPATH": ""}
-        if platform.system() == "Linux":
-            driver = _vulkan.hardware_environment() if _vulkan.has_hardware() else _vulkan.software_environment()
-            if driver is None:
-                raise ProviderError("there is no GPU with a Vulkan driver here, and no software driver", hint=_REMEDY)
-            variables.update(driver)
-        return Runtime((str(self.environment.python),), variables)
+        found = super().runtime()
+        if platform.system() != "Linux":
+            return found
+        driver = _vulkan.hardware_environment() if _vulkan.has_hardware() else _vulkan.software_environment()
+        if driver is None:
+            raise ProviderError("there is no GPU with a Vulkan driver here, and no software driver", hint=_REMEDY)
+        return Runtime(found.command, {**found.environment, **driver})
+
+    def here(self) -> bool:
+        """Return ``False``: this Python has the ordinary onnxruntime."""
+        return False
 
     def install(self, say: Callable[[str], None]) -> None:
         """Make the environment and, on Linux without a GPU, get the software driver.

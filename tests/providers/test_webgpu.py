@@ -56,7 +56,7 @@ def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_its_environment_the_command_is_named() -> None:
-    with pytest.raises(ProviderError, match="no environment") as caught:
+    with pytest.raises(ProviderError, match="webgpu provider's runtime is not installed") as caught:
         PROVIDER.runtime()
     assert caught.value.hint == REMEDY
 
@@ -64,7 +64,7 @@ def test_without_its_environment_the_command_is_named() -> None:
 @linux
 def test_an_environment_without_its_stamp_does_not_count(environment: Path) -> None:
     (environment / "installed").unlink()
-    with pytest.raises(ProviderError, match="no environment"):
+    with pytest.raises(ProviderError, match="webgpu provider's runtime is not installed"):
         PROVIDER.runtime()
 
 
