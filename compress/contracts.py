@@ -110,13 +110,17 @@ Role = Literal[
 class Slice:
     """Rows ``[start, stop)`` of a checkpoint tensor seen as ``[out_features, in_features]``.
 
-    ``transposed`` says that the tensor is stored as ``[in_features, out_features]`` (GPT-2's Conv1D).
+    ``transposed`` says that the tensor is stored as ``[in_features, out_features]`` (GPT-2's Conv1D). ``columns``: only
+    the first so many columns count; ``spare``: so many rows behind ``stop`` are left out on purpose. Both are zeros of
+    heads that were removed, in a checkpoint whose config cannot say so (:data:`KEPT_HEADS`).
     """
 
     tensor: str
     start: int = 0
     stop: int | None = None
     transposed: bool = False
+    columns: int | None = None
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,35 @@ class Encoder(Structure):
     junctions: tuple[Junction, ...] = ()
 
 
+#: Key of a config: how many heads a block has left, the first ones, where transformers takes their size from their
+#: number. The checkpoint keeps zeros in the place of the others, so that transformers loads it; artifacts do not.
+KEPT_HEADS = "kept_heads"
+
+
+@dataclass(frozen=True)
+class SizeKeys:
+    """What a config calls the sizes that pruning changes.
+
+    Attributes:
+        layers: How often blocks are run.
+        inner: Neurons of the feed-forward.
+        heads: Query heads.
+        kv_heads: Key-value heads, where they can be fewer.
+        head_dim: A head's size, where a config can say it; ``None``: transformers divides the hidden size by the heads,
+            and removed ones stay as zeros (:data:`KEPT_HEADS`).
+        vocabulary: Rows of the token table.
+        heads_divide: transformers refuses a number of heads that does not divide the hidden size.
+    """
+
+    layers: str
+    inner: str
+    heads: str
+    kv_heads: str | None = None
+    head_dim: str | None = None
+    vocabulary: str = "vocab_size"
+    heads_divide: bool = False
+
+
 class Runner(Protocol):
     """What a forward pass asks for; weights are streamed behind it. T tokens, K inputs, N outputs, C channels."""
 
@@ -301,6 +334,13 @@ class Family(Protocol):
 
 
 @runtime_checkable
+class PrunableFamily(Family, Protocol):
+    """A family whose parts can be removed: its structure says which tensors they are, this what the config says then."""
+
+    sizes: SizeKeys
+
+
+@runtime_checkable
 class ForwardFamily(Family, Protocol):
     """A family whose blocks can be run tensor by tensor, for the statistics of their inputs."""
 
@@ -310,6 +350,82 @@ class ForwardFamily(Family, Protocol):
         """Run one sequence of token ids ``[T]`` through the model, block by block, for the statistics of its linears.
 
         Every linear is asked for once, in the plan's order; the head is only observed.
+        """
+        ...
+
+
+# ----------------------------------------------------------------------------------------------------------- prune
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What may be removed of a linear's inputs, seen by the linear that reads them.
+
+    A unit is ``size`` neighbouring input channels: 1 for a feed-forward neuron, ``head_dim`` (times the query heads of a
+    group) for heads.
+
+    Attributes:
+        weight: float32 ``[N, K]`` of the linear that reads the channels; K is a multiple of ``size``.
+        produced: float32 ``[K]``: squares of the weights that produce each channel, summed.
+        moments: float32 ``[K, K]``: second moments of the channels on calibration tokens; ``None`` without text.
+        size: Channels a unit.
+        classes: int64 ``[K / size]``: units of one class (query heads that share keys and values) lose equally many;
+            ``None``: all are of one class.
+    """
+
+    weight: FloatArray
+    produced: FloatArray
+    moments: FloatArray | None = None
+    size: int = 1
+    classes: IntArray | None = None
+
+    @property
+    def count(self) -> int:
+        """Return how many units there are."""
+        return self.weight.shape[1] // self.size
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units in the order of their removal; ``losses`` float64 ``[removed + 1]``: what is lost once so many are gone.
+
+    A loss is the share of the power of the reading linear's outputs, after the best correction that the algorithm knows
+    of; a score of no such meaning is NaN.
+    """
+
+    order: IntArray
+    losses: npt.NDArray[np.float64]
+
+
+class Pruner(Protocol):
+    """Chooses neurons and heads. A module of :mod:`compress.prune` that defines ``PRUNER`` adds one.
+
+    Attributes:
+        name: As profiles have it.
+        reads_text: Whether it needs ``Units.moments``.
+    """
+
+    name: str
+    reads_text: bool
+
+    def remove(self, units: Units, count: int, *, seed: int) -> Removal:
+        """Choose ``count`` units to remove, a multiple of the number of classes."""
+        ...
+
+
+class DepthPruner(Protocol):
+    """Chooses blocks. A module of :mod:`compress.prune` that defines ``DEPTH_PRUNER`` adds one."""
+
+    name: str
+
+    def remove(self, states: FloatArray, count: int) -> IntArray:
+        """Choose ``count`` blocks to remove, ascending.
+
+        Args:
+            states: float32 ``[blocks + 1, tokens, hidden]``: what goes into every block, and what the last one gives.
+            count: How many.
         """
         ...
 

@@ -52,9 +52,11 @@ def _length(piece: Slice, checkpoint: Checkpoint) -> int:
 def _read_piece(checkpoint: Checkpoint, piece: Slice, first: int, last: int) -> FloatArray:
     if piece.transposed:
         whole = checkpoint.read(piece.tensor)
-        array = np.ascontiguousarray(whole[:, first:last].T)
+        array = np.ascontiguousarray(whole[: piece.columns, first:last].T)
     else:
         array = checkpoint.read(piece.tensor, first, last)
+        if piece.columns is not None:
+            array = np.ascontiguousarray(array[:, : piece.columns])
     bad = first_nonfinite(array)
     if bad is not None:
         row = bad[0] + first

@@ -128,7 +128,7 @@ class BlockLinear:
     def _view(part: _Part) -> torch.Tensor:
         whole: torch.Tensor = getattr(part.module, part.parameter).data
         whole = whole.T if part.piece.transposed else whole
-        return whole[part.piece.start : part.piece.stop]
+        return whole[part.piece.start : part.piece.stop, : part.piece.columns]
 
 
 def _parts(pieces: Sequence[Slice], places: Mapping[str, tuple[torch.nn.Module, str]], total: int) -> tuple[_Part, ...]:
@@ -197,27 +197,32 @@ class Block:
         self._workers.map(run, chunks(given))
         return result
 
-    def inputs(self, linear: BlockLinear) -> FloatArray:
-        """Return what a linear reads, float32 ``[tokens, K]``, with the weights that the block has now."""
-        length = self.hidden.shape[1]
-        found = np.empty((self.hidden.shape[0] * length, linear.linear.in_features), np.float32)
+    def inputs(self, linear: BlockLinear, hidden: torch.Tensor | None = None) -> FloatArray:
+        """Return what a linear reads, float32 ``[tokens, K]``, with the weights that the block has now.
+
+        ``hidden`` is what the block reads, its own inputs by default.
+        """
+        states = self.hidden if hidden is None else hidden
+        length, columns = states.shape[1], linear.linear.in_features
+        found = np.empty((states.shape[0] * length, columns), np.float32)
         place = threading.local()
 
         def hook(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            found[place.rows.start * length : place.rows.stop * length] = given[0].flatten(0, -2).numpy()
+            seen = given[0].flatten(0, -2)[:, :columns]
+            found[place.rows.start * length : place.rows.stop * length] = seen.numpy()
             raise _Reached
 
         def run(rows: slice) -> None:
             place.rows = rows
             try:
-                self.call(self.hidden[rows], rows)
+                self.call(states[rows], rows)
             except _Reached:
                 return
             raise SourceError("the block does not use a linear that the family describes", where=linear.name)
 
         handle = linear.reader.register_forward_pre_hook(hook)
         try:
-            self._workers.map(run, chunks(self.hidden))
+            self._workers.map(run, chunks(states))
         finally:
             handle.remove()
         return found

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.contracts import Encoder, Junction, Linear, Role, Slice, Table, TensorInfo, Vector
+from compress.contracts import Encoder, Junction, Linear, Role, SizeKeys, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
-from compress.families._reading import check_shapes, dimension, expect, layer_count
+from compress.families._reading import check_shapes, dimension, expect, kept_heads, layer_count
 from compress.tasks import TASKS, Task, architecture_of, task_of
 
 #: Activations that the graph rules know; transformers writes the tanh form three ways.
@@ -37,7 +37,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an encoder, read from its config."""
+    """Sizes of an encoder, read from its config; ``kept_heads`` of ``heads`` are left in a pruned one."""
 
     hidden: int
     embedding: int
@@ -47,6 +47,12 @@ class Shape:
     vocab: int
     positions: int
     types: int
+    kept_heads: int
+
+    @property
+    def mixed(self) -> int:
+        """Channels that attention mixes: those of the heads that are left."""
+        return self.hidden // self.heads * self.kept_heads
 
 
 class _Builder:
@@ -93,8 +99,28 @@ class _Builder:
         for graph in (f"{name}.weight", f"{name}.bias"):
             self.vectors.append(Vector(graph, Slice(self.stored(graph)), size))
 
-    def linear(self, name: str, parts: Sequence[str], role: Role, rows: int, columns: int, layer: int | None) -> None:
-        """Add a linear made of parts with equally many rows, each with a bias."""
+    def linear(
+        self,
+        name: str,
+        parts: Sequence[str],
+        role: Role,
+        rows: int,
+        columns: int,
+        layer: int | None,
+        *,
+        spare: int = 0,
+        narrowed: bool = False,
+    ) -> None:
+        """Add a linear made of parts with equally many rows, each with a bias.
+
+        ``spare`` rows of every part, and with ``narrowed`` the columns beyond ``columns``, are those of removed heads.
+        """
+        step = rows // len(parts)
+        stop = step if spare else None
+
+        def slices(names: Sequence[str], columns: int | None) -> tuple[Slice, ...]:
+            return tuple(Slice(self.stored(part), 0, stop, columns=columns, spare=spare) for part in names)
+
         weights = tuple(f"{part}.weight" for part in parts)
         biases = tuple(f"{part}.bias" for part in parts)
         self.linears.append(
@@ -104,8 +130,8 @@ class _Builder:
                 layer=layer,
                 out_features=rows,
                 in_features=columns,
-                weight=tuple(Slice(self.stored(part)) for part in weights),
-                bias=tuple(Slice(self.stored(part)) for part in biases),
+                weight=slices(weights, columns if narrowed else None),
+                bias=slices(biases, None),
                 graph_weights=weights,
                 graph_biases=biases,
             )
@@ -156,6 +182,11 @@ class BidirectionalFamily:
         self._always_projected = always_projected
         self._pooler, self._stored_layers = pooler, stored_layers
         self._refuse = dict(refuse or {})
+        self.sizes = SizeKeys(
+            layers=self._key("num_hidden_layers"),
+            inner=self._key("intermediate_size"),
+            heads=self._key("num_attention_heads"),
+        )
 
     def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Encoder:
         """Read the structure; see :class:`compress.contracts.Family`."""
@@ -176,7 +207,7 @@ class BidirectionalFamily:
                 model_type=self.model_type,
                 layers=shape.layers,
                 hidden_size=shape.hidden,
-                heads=shape.heads,
+                heads=shape.kept_heads,
                 head_dim=shape.hidden // shape.heads,
                 vocab_size=shape.vocab,
                 context_length=shape.positions,
@@ -209,6 +240,7 @@ class BidirectionalFamily:
             vocab=dimension(config, "vocab_size"),
             positions=dimension(config, "max_position_embeddings", 512),
             types=dimension(config, "type_vocab_size", 2) if self._types else 0,
+            kept_heads=kept_heads(config, heads),
         )
 
     def _embeddings(self, build: _Builder, shape: Shape) -> None:
@@ -224,8 +256,12 @@ class BidirectionalFamily:
     def _add_block(self, build: _Builder, shape: Shape, index: int) -> None:
         block, names = build.base(self._block(index)), self._names
         parts = [f"{block}.{part}" for part in (names.query, names.key, names.value)]
-        build.linear(_packed(parts), parts, "qkv", 3 * shape.hidden, shape.hidden, index)
-        build.single(f"{block}.{names.attention_output}", "attention_output", shape.hidden, shape.hidden, index)
+        removed = shape.hidden - shape.mixed
+        build.linear(_packed(parts), parts, "qkv", 3 * shape.mixed, shape.hidden, index, spare=removed)
+        output = f"{block}.{names.attention_output}"
+        build.linear(
+            output, (output,), "attention_output", shape.hidden, shape.mixed, index, narrowed=removed > 0
+        )
         build.norm(f"{block}.{names.attention_norm}", shape.hidden)
         build.single(f"{block}.{names.up}", "up", shape.inner, shape.hidden, index)
         build.single(f"{block}.{names.down}", "down", shape.hidden, shape.inner, index)

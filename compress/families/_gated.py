@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.contracts import Decoder, Fold, Linear, Runner, Slice, Table, TensorInfo, Vector
+from compress.contracts import Decoder, Fold, Linear, Runner, SizeKeys, Slice, Table, TensorInfo, Vector
 from compress.families._reading import check_shapes, dimension, expect, heads, layer_count, rope_kind, rope_settings
 
 if TYPE_CHECKING:
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 STATIC_ROPE = ("default", "linear", "llama3")
 #: Two sets of factors, one for sequences within the original context and one beyond it ("su" is its first name).
 LONG_ROPE = ("longrope", "su")
+SIZES = SizeKeys(
+    layers="num_hidden_layers",
+    inner="intermediate_size",
+    heads="num_attention_heads",
+    kv_heads="num_key_value_heads",
+    head_dim="head_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class GatedDecoder:
     genai_type: str
     packed: bool = False
     ropes: tuple[str, ...] = STATIC_ROPE
+    sizes: SizeKeys = SIZES
 
     def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
         """Read the structure; see :class:`compress.contracts.Family`."""

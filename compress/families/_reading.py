@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from compress.contracts import Linear, Slice, Structure, Table, TensorInfo, Vector
+from compress.contracts import KEPT_HEADS, Linear, Slice, Structure, Table, TensorInfo, Vector
 from compress.errors import SourceError, UnsupportedModelError
 
 _MAX_DIMENSION = 1 << 24
@@ -33,6 +33,11 @@ def dimension(config: Mapping[str, Any], key: str, default: int | None = None, *
 def layer_count(config: Mapping[str, Any], key: str) -> int:
     """Return the number of blocks; a damaged config must not make a plan of millions of them."""
     return dimension(config, key, most=_MAX_LAYERS)
+
+
+def kept_heads(config: Mapping[str, Any], heads: int) -> int:
+    """Return how many of ``heads`` a pruned checkpoint has left in a block, all of them in an ordinary one."""
+    return dimension(config, KEPT_HEADS, heads, most=heads)
 
 
 def expect(config: Mapping[str, Any], key: str, allowed: Iterable[Any], default: Any) -> None:
@@ -118,11 +123,12 @@ def _check_stack(
         shape = tuple(reversed(info.shape)) if piece.transposed else info.shape
         stop = shape[0] if piece.stop is None else piece.stop
         expected_rank = 1 if columns is None else 2
-        if len(shape) != expected_rank or stop > shape[0] or (columns is not None and shape[1] != columns):
+        wide = columns is not None and len(shape) == 2 and (shape[1] < columns if piece.columns else shape[1] != columns)
+        if len(shape) != expected_rank or stop > shape[0] or wide:
             wanted = f"[{stop}+, {columns}]" if columns is not None else f"[{stop}+]"
             raise _disagree(piece.tensor, info.shape, f"{wanted}{' transposed' if piece.transposed else ''}")
         # A tensor that is longer than its last slice would be cut off without a word.
-        last = max((other.stop or shape[0]) for other in pieces if other.tensor == piece.tensor)
+        last = max((other.stop or shape[0]) + other.spare for other in pieces if other.tensor == piece.tensor)
         if last != shape[0]:
             raise _disagree(piece.tensor, info.shape, f"{last} rows")
         rows += stop - piece.start

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from compress.contracts import Decoder, Fold, Linear, Role, Slice, Table, TensorInfo, Vector
+from compress.contracts import Decoder, Fold, Linear, Role, SizeKeys, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
-from compress.families._reading import check_shapes, dimension, expect, layer_count
+from compress.families._reading import check_shapes, dimension, expect, kept_heads, layer_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,7 @@ class Gpt2:
 
     model_type = "gpt2"
     architectures = ("GPT2LMHeadModel",)
+    sizes = SizeKeys(layers="n_layer", inner="n_inner", heads="n_head")
 
     def describe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Decoder:
         """Read the structure; see :class:`compress.contracts.Family`."""
@@ -33,6 +34,7 @@ class Gpt2:
         heads, layers = dimension(config, "n_head"), layer_count(config, "n_layer")
         if hidden % heads:
             raise SourceError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}")
+        kept = kept_heads(config, heads)
         positions = dimension(config, "n_positions", 1024)
         prefix = "" if "wte.weight" in tensors else "transformer."
         linears = [linear for index in range(layers) for linear in _block(config, prefix, index)]
@@ -57,8 +59,8 @@ class Gpt2:
             model_type=self.model_type,
             layers=layers,
             hidden_size=hidden,
-            heads=heads,
-            kv_heads=heads,
+            heads=kept,
+            kv_heads=kept,
             head_dim=hidden // heads,
             vocab_size=vocab,
             context_length=positions,
@@ -81,7 +83,7 @@ class Gpt2:
             ),
             # onnxruntime-genai's own "gpt2" type wants one combined past tensor; "decoder" is its generic type.
             genai_type="decoder",
-            folds=tuple(fold for index in range(layers) for fold in _folds(f"transformer.h.{index}", hidden)),
+            folds=tuple(fold for index in range(layers) for fold in _folds(f"transformer.h.{index}", hidden // heads * kept)),
         )
         return check_shapes(decoder, tensors)
 
@@ -110,11 +112,11 @@ class Gpt2:
         runner.observe("lm_head", norm("transformer.ln_f", hidden))
 
 
-def _folds(block: str, hidden: int) -> tuple[Fold, ...]:
+def _folds(block: str, mixed: int) -> tuple[Fold, ...]:
     """Return what each linear's inputs come from; no scale passes through the feed-forward's GELU."""
     return (
         Fold(f"{block}.attn.qkv_proj", vectors=(f"{block}.ln_1.weight", f"{block}.ln_1.bias")),
-        Fold(f"{block}.attn.o_proj", producer=f"{block}.attn.qkv_proj", start=2 * hidden),
+        Fold(f"{block}.attn.o_proj", producer=f"{block}.attn.qkv_proj", start=2 * mixed),
         Fold(f"{block}.mlp.up_proj", vectors=(f"{block}.ln_2.weight", f"{block}.ln_2.bias")),
     )
 
@@ -123,25 +125,32 @@ def _block(config: Mapping[str, Any], prefix: str, index: int) -> tuple[Linear, 
     hidden = dimension(config, "n_embd")
     inner = dimension(config, "n_inner", 4 * hidden)
     block, graph = f"{prefix}h.{index}", f"transformer.h.{index}"
+    heads = dimension(config, "n_head")
+    mixed = hidden // heads * kept_heads(config, heads)
 
     def linear(name: str, role: Role, rows: int, columns: int, stored: str, parts: tuple[str, ...]) -> Linear:
-        step = rows // len(parts)
-        bounds = [(part * step, (part + 1) * step) for part in range(len(parts))]
+        # Query, key and value are thirds of one tensor, whatever is left of each.
+        step, length = hidden if len(parts) > 1 else rows, rows // len(parts)
+        bounds = [(part * step, part * step + length) for part in range(len(parts))]
+        whole = mixed if role == "attention_output" and mixed < hidden else None
         return Linear(
             name=f"{graph}.{name}",
             role=role,
             layer=index,
             out_features=rows,
             in_features=columns,
-            weight=tuple(Slice(f"{block}.{stored}.weight", start, stop, transposed=True) for start, stop in bounds),
-            bias=tuple(Slice(f"{block}.{stored}.bias", start, stop) for start, stop in bounds),
+            weight=tuple(
+                Slice(f"{block}.{stored}.weight", start, stop, True, columns=whole, spare=step - length)
+                for start, stop in bounds
+            ),
+            bias=tuple(Slice(f"{block}.{stored}.bias", start, stop, spare=step - length) for start, stop in bounds),
             graph_weights=tuple(f"{graph}.{part}.weight" for part in parts),
             graph_biases=tuple(f"{graph}.{part}.bias" for part in parts),
         )
 
     return (
-        linear("attn.qkv_proj", "qkv", 3 * hidden, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv")),
-        linear("attn.o_proj", "attention_output", hidden, hidden, "attn.c_proj", ("attn.o_proj",)),
+        linear("attn.qkv_proj", "qkv", 3 * mixed, hidden, "attn.c_attn", tuple(f"attn.{p}_proj" for p in "qkv")),
+        linear("attn.o_proj", "attention_output", hidden, mixed, "attn.c_proj", ("attn.o_proj",)),
         linear("mlp.up_proj", "up", inner, hidden, "mlp.c_fc", ("mlp.up_proj",)),
         linear("mlp.down_proj", "down", hidden, inner, "mlp.c_proj", ("mlp.down_proj",)),
     )

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from compress.families._gated import GatedDecoder
+from dataclasses import replace
 
-FAMILY = GatedDecoder(model_type="llama", architectures=("LlamaForCausalLM",), genai_type="llama")
+from compress.families._gated import SIZES, GatedDecoder
+
+FAMILY = GatedDecoder(
+    model_type="llama",
+    architectures=("LlamaForCausalLM",),
+    genai_type="llama",
+    sizes=replace(SIZES, heads_divide=True),
+)

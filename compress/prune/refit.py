@@ -1,0 +1,191 @@
+"""What a linear becomes when some of its inputs are gone: the weights that come nearest to what it used to give.
+
+Ridge least squares in closed form, drawn towards the weights that were there instead of towards zero: with X the inputs
+that are left ``[T, K]``, Y what is wanted of the linear ``[T, N]``, W its weights ``[N, K]`` and tokens that count
+``c_t``, the change D minimises ``sum_t c_t |y_t - (W + D) x_t|^2 + lambda |D|^2``:
+
+    D = R^T C X (X^T C X + lambda I)^-1,    R = Y - X W^T
+
+``lambda`` is a share of the mean of the diagonal of ``X^T C X``, the one of :data:`SHARES` that predicts tokens best which
+it was not fitted on. A bias is fitted with it where there is one, by taking means away first.
+
+Source: Hoerl and Kennard, "Ridge Regression", Technometrics 12 (1970); for pruned channels, He et al., "Channel Pruning
+for Accelerating Very Deep Neural Networks", arXiv 1707.06168.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.contracts import FloatArray, IntArray
+
+SHARES = (1e-3, 1e-2, 1e-1, 1.0)
+#: Every so many tokens one is kept from the fit to choose the share.
+_HELD_OUT = 5
+#: Columns of ``X^T C X`` that one thread computes, and tokens that are summed in float32.
+_BAND, _TOKENS = 512, 1024
+
+#: Runs work for every piece, by threads; results in order.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """New weights ``[N, K]`` and bias ``[N]``; ``before`` and ``after``: share of Y's power missed on held-out tokens.
+
+    ``share`` is the chosen one of :data:`SHARES`, 0 where no change was better.
+    """
+
+    weight: FloatArray
+    bias: FloatArray | None
+    share: float
+    before: float
+    after: float
+
+
+def refit(
+    inputs: FloatArray,
+    wanted: FloatArray,
+    weight: FloatArray,
+    bias: FloatArray | None,
+    counts: FloatArray,
+    run: Map,
+) -> Refitted:
+    """Fit a linear to what is wanted of it.
+
+    Args:
+        inputs: float32 ``[T, K]``.
+        wanted: float32 ``[T, N]``, bias included.
+        weight: float32 ``[N, K]`` as it is.
+        bias: float32 ``[N]`` as it is, ``None`` for a linear without one.
+        counts: float32 ``[T]``: how much every token counts; 0 for padding.
+        run: Maps work over pieces.
+    """
+    residual = wanted - inputs @ weight.T
+    if bias is not None:
+        residual -= bias
+    held = np.zeros(len(inputs), bool)
+    held[_HELD_OUT - 1 :: _HELD_OUT] = True
+    fitted, judged = counts * ~held, counts * held
+    sums = _sums(inputs, residual, fitted, bias is not None, run)
+    power = _power(wanted if bias is None else wanted - bias, judged)
+    before = _power(residual, judged)
+    best, error = 0.0, before
+    for share in SHARES:
+        change, shift = _solve(sums, share, bias is not None)
+        missed = _power(residual[held] - inputs[held] @ change.T - shift, judged[held])
+        if missed < error:
+            best, error = share, missed
+    if not best:
+        return Refitted(weight, bias, 0.0, before / power, before / power)
+    sums = sums.plus(_sums(inputs, residual, judged, bias is not None, run))
+    change, shift = _solve(sums, best, bias is not None)
+    return Refitted(weight + change, None if bias is None else bias + shift, best, before / power, error / power)
+
+
+def refit_moments(weight: FloatArray, moments: FloatArray, kept: IntArray, share: float = 1e-2) -> FloatArray:
+    """Return the weights ``[N, kept]`` nearest to ``weight`` ``[N, K]`` on inputs of these second moments ``[K, K]``.
+
+    The same fit where inputs are only known by their moments: ``D = W_gone H_gone,kept (H_kept,kept + lambda I)^-1``.
+    """
+    gone = np.setdiff1d(np.arange(weight.shape[1]), kept)
+    inner = moments[np.ix_(kept, kept)].astype(np.float64)
+    inner[np.diag_indices_from(inner)] += share * max(float(np.diagonal(inner).mean()), 1e-30)
+    cross = weight[:, gone].astype(np.float64) @ moments[np.ix_(gone, kept)].astype(np.float64)
+    change = np.linalg.solve(inner, cross.T).T
+    return (weight[:, kept] + change).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """``X^T C X``, ``X^T C R`` and the weighted sums of X, R and 1; float64."""
+
+    gram: Doubles
+    cross: Doubles
+    inputs: Doubles
+    residuals: Doubles
+    count: float
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Return the sums over both parts of the tokens."""
+        self.gram.__iadd__(other.gram)  # in place: the largest array here
+        return _Sums(
+            self.gram,
+            self.cross + other.cross,
+            self.inputs + other.inputs,
+            self.residuals + other.residuals,
+            self.count + other.count,
+        )
+
+
+def moments(inputs: FloatArray, counts: FloatArray, run: Map) -> FloatArray:
+    """Return the mean over tokens of ``x x^T``, float32 ``[K, K]``, of inputs ``[T, K]`` that count ``[T]``."""
+    found = _products(inputs, None, counts, run)[0]
+    found /= max(float(counts.sum(dtype=np.float64)), 1e-30)
+    return found.astype(np.float32)
+
+
+def _products(
+    inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map
+) -> tuple[Doubles, Doubles]:
+    """Return ``X^T C X`` and ``X^T C R``; each band of rows is one thread's, so that sums have one order."""
+    rows = np.flatnonzero(counts)
+    columns, outputs = inputs.shape[1], 0 if residual is None else residual.shape[1]
+    gram, cross = np.zeros((columns, columns)), np.zeros((columns, outputs))
+
+    def band(start: int) -> None:
+        stop = min(start + _BAND, columns)
+        for first in range(0, len(rows), _TOKENS):
+            some = rows[first : first + _TOKENS]
+            left = (inputs[some, start:stop] * counts[some, None]).T
+            gram[start:stop, start:] += left @ inputs[some, start:]
+            if residual is not None:
+                cross[start:stop] += left @ residual[some]
+
+    run(band, range(0, columns, _BAND))
+    for start in range(0, columns, _BAND):
+        stop = min(start + _BAND, columns)
+        gram[start:, start:stop] = gram[start:stop, start:].T
+    return gram, cross
+
+
+def _sums(inputs: FloatArray, residual: FloatArray, counts: FloatArray, centred: bool, run: Map) -> _Sums:
+    rows = np.flatnonzero(counts)
+    columns, outputs = inputs.shape[1], residual.shape[1]
+    gram, cross = _products(inputs, residual, counts, run)
+    if not centred:
+        return _Sums(gram, cross, np.zeros(columns), np.zeros(outputs), float(counts.sum(dtype=np.float64)))
+    # float64 sums of float32 products: a token at a time would take as long as the products.
+    weights = counts[rows].astype(np.float64)
+    return _Sums(
+        gram,
+        cross,
+        np.asarray(weights @ inputs[rows], np.float64),
+        np.asarray(weights @ residual[rows], np.float64),
+        float(weights.sum()),
+    )
+
+
+def _solve(sums: _Sums, share: float, centred: bool) -> tuple[FloatArray, FloatArray]:
+    """Return the change of weights ``[N, K]`` and of the bias ``[N]``."""
+    total = max(sums.count, 1e-30)
+    gram, cross = sums.gram.copy(), sums.cross
+    means, offsets = sums.inputs / total, sums.residuals / total
+    if centred:
+        gram -= np.outer(means, sums.inputs)
+        cross = cross - np.outer(means, sums.residuals)
+    gram[np.diag_indices_from(gram)] += share * max(float(np.diagonal(gram).mean()), 1e-30)
+    change = np.linalg.solve(gram, cross).T
+    shift = offsets - change @ means if centred else np.zeros(cross.shape[1])
+    return change.astype(np.float32), shift.astype(np.float32)
+
+
+def _power(values: FloatArray, counts: FloatArray) -> float:
+    rows = np.einsum("tn,tn->t", values, values, dtype=np.float64)
+    return max(float(rows @ counts), 1e-30)
