@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from compress.contracts import FloatArray, InputStatistics, Linear, Slice, Structure
 from compress.errors import SourceError
 from compress.quantize.finite import first_nonfinite
-from compress.validate.streaming import Call, StreamedModel, chunks
+from compress.validate.streaming import Call, chunks
 
 #: Columns of second moments that are computed at a time.
 _BAND = 512
@@ -93,6 +93,12 @@ class BlockLinear:
         for part in self._weights:
             self._view(part).copy_(torch.from_numpy(weight[part.rows]))
 
+    def set_bias(self, bias: FloatArray) -> None:
+        """Let the block compute with another bias ``[N]``."""
+        for part in self._biases:
+            view = getattr(part.module, part.parameter).data[part.piece.start : part.piece.stop]
+            view.copy_(torch.from_numpy(bias[part.rows]))
+
     def divide_rows(self, start: int, divisors: FloatArray) -> None:
         """Divide rows from ``start`` on, and their biases, by ``divisors`` ``[rows]``."""
         whole = np.ones(self.linear.out_features, np.float32)
@@ -142,8 +148,16 @@ def _parts(pieces: Sequence[Slice], places: Mapping[str, tuple[torch.nn.Module, 
     return tuple(parts)
 
 
+class BlockModel(Protocol):
+    """A model whose blocks are visited: what a :class:`Block` asks of it."""
+
+    def parameters_of(self, layer: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+        """Return where a block keeps each of its tensors: module and parameter, by the checkpoint's name."""
+        ...
+
+
 class Block:
-    """One decoder block that is being visited (:meth:`StreamedModel.visit_blocks`).
+    """One block that is being visited (:meth:`StreamedModel.visit_blocks`).
 
     Attributes:
         index: Its place.
@@ -156,7 +170,7 @@ class Block:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: BlockModel,
         structure: Structure,
         index: int,
         layer: torch.nn.Module,

@@ -181,7 +181,12 @@ def block_prefix(structure: Structure, block: int) -> str:
         if linear.layer == block
         for piece in (*linear.weight, *linear.bias)
     ]
-    common = os.path.commonprefix(names)
+    return common_prefix(names)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return what dotted names begin with, whole parts only: ``encoder.layer.3.``."""
+    common = os.path.commonprefix(list(names))
     return common[: common.rindex(".") + 1]
 
 

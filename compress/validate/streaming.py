@@ -147,7 +147,7 @@ class StreamedModel:
             batch = hidden.shape[0]
 
             def call(some: torch.Tensor, rows: slice) -> torch.Tensor:
-                out = run(layer, some, *_sliced(args, rows, batch), **_sliced(kwargs, rows, batch))
+                out = run(layer, some, *sliced(args, rows, batch), **sliced(kwargs, rows, batch))
                 first: torch.Tensor = out[0] if isinstance(out, tuple) else out
                 return first
 
@@ -159,6 +159,13 @@ class StreamedModel:
             return result
 
         return forward
+
+    def each(self, visit: Callable[[int, torch.nn.Module], None]) -> None:
+        """Call ``visit`` with every block's index and filled module; nothing is run."""
+        for index, layer in enumerate(self._layers):
+            self.fill(layer)
+            visit(index, layer)
+            empty(layer)
 
     def fill(self, layer: torch.nn.Module) -> None:
         """Read a block's weights; :func:`empty` drops them again."""
@@ -268,14 +275,14 @@ def empty(layer: torch.nn.Module) -> None:
             setattr(module, name, _empty(parameter))
 
 
-def _sliced(value: Any, rows: slice, batch: int) -> Any:
+def sliced(value: Any, rows: slice, batch: int) -> Any:
     """Return ``value`` with every tensor in it that has a batch dimension cut to ``rows``."""
     if isinstance(value, torch.Tensor):
         return value[rows] if batch > 1 and value.ndim > 1 and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: _sliced(item, rows, batch) for key, item in value.items()}
+        return {key: sliced(item, rows, batch) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_sliced(item, rows, batch) for item in value)
+        return tuple(sliced(item, rows, batch) for item in value)
     return value
 
 
