@@ -119,6 +119,65 @@ class Calibration(_Strict):
     window: int = Field(default=512, ge=8)
 
 
+class Prune(_Strict):
+    """What is removed before anything is quantized. An amount below 1 is a share, from 1 on a number of parts.
+
+    ``ffn``: neurons of every feed-forward; ``heads``: query heads, equally many of every key-value group;
+    ``kv_groups``: whole groups; ``layers``: blocks. ``vocabulary = "from-text"`` leaves the tokens that
+    ``--calibration-text`` uses, with all that keeps the tokenizer complete. ``algorithm`` chooses neurons and heads
+    (``auto``: surgeon), ``depth`` chooses blocks. ``recover``: ``refit`` fits what follows a cut again in closed form,
+    ``distill`` trains on the original's outputs after that, ``none`` does neither. ``sparsity`` zeroes single weights
+    by ``sparsifier``, a share of each linear or, with ``pattern = "2:4"``, two of every four: for other runtimes, ONNX
+    Runtime is no faster for it.
+
+    ``speedup`` and ``max_kl`` search the amounts instead: the least predicted loss that is so many times faster on this
+    machine, or the fastest that is within so many nats a token.
+    """
+
+    ffn: float = Field(default=0, ge=0)
+    heads: float = Field(default=0, ge=0)
+    kv_groups: float = Field(default=0, ge=0)
+    layers: float = Field(default=0, ge=0)
+    vocabulary: Literal["all", "from-text"] = "all"
+    algorithm: str = "auto"
+    depth: str = "block-influence"
+    recover: Literal["none", "refit", "distill"] = "refit"
+    steps: int = Field(default=400, ge=1, le=100_000)
+    sparsity: float = Field(default=0, ge=0, lt=1)
+    sparsifier: str = "sparsegpt"
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    speedup: float | None = Field(default=None, gt=1)
+    max_kl: float | None = Field(default=None, gt=0)
+
+    @property
+    def pruner(self) -> str:
+        """Return the algorithm's name, ``auto`` resolved."""
+        return "surgeon" if self.algorithm == "auto" else self.algorithm
+
+    @property
+    def amounts(self) -> tuple[float, float, float, float]:
+        """Return ``ffn``, ``heads``, ``kv_groups`` and ``layers``."""
+        return self.ffn, self.heads, self.kv_groups, self.layers
+
+    @property
+    def searches(self) -> bool:
+        """Return whether amounts are searched."""
+        return self.speedup is not None or self.max_kl is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Return whether anything is removed."""
+        return any(self.amounts) or self.searches or self.vocabulary != "all" or self.sparsity > 0
+
+    @model_validator(mode="after")
+    def _amounts_or_a_search(self) -> Prune:
+        if self.searches and any(self.amounts):
+            raise ValueError("prune.speedup and prune.max_kl search the amounts; give them or amounts, not both")
+        if self.pattern == "2:4" and self.sparsity not in (0, 0.5):
+            raise ValueError('prune.pattern = "2:4" is a sparsity of 0.5')
+        return self
+
+
 Fusion = Literal["attention", "packed_attention", "gelu", "skip_norm"]
 
 
@@ -221,6 +280,7 @@ class Profile(_Strict):
     provider: str = "cpu"
     provider_options: dict[str, str] = Field(default_factory=dict)
     targets: tuple[str, ...] = ("genai",)
+    prune: Prune = Field(default_factory=Prune)
     quantize: Quantize = Field(default_factory=Quantize)
     calibration: Calibration = Field(default_factory=Calibration)
     graph: Graph = Field(default_factory=Graph)

@@ -162,7 +162,8 @@ class Block:
     Attributes:
         index: Its place.
         linears: Its planned linears in the order that they run.
-        hidden: What it reads, float32 ``[windows, length, hidden]``.
+        hidden: What it reads, float32 ``[windows, length, hidden]``; ``None``, and no ``call``, for a block of which
+            only the weights are looked at.
 
     Raises:
         SourceError: A planned weight is not there, or not finite.
@@ -174,11 +175,11 @@ class Block:
         structure: Structure,
         index: int,
         layer: torch.nn.Module,
-        call: Call,
-        hidden: torch.Tensor,
+        call: Call | None,
+        hidden: torch.Tensor | None,
         workers: Workers,
     ) -> None:
-        self.index, self.layer, self.hidden, self._workers = index, layer, hidden, workers
+        self.index, self.layer, self._hidden, self._workers = index, layer, hidden, workers
         self._call = call
         self._places = model.parameters_of(layer)
         planned = [linear for linear in structure.linears if linear.layer == index]
@@ -190,8 +191,15 @@ class Block:
         for item in self.linears:
             item.check()
 
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Return what the block reads."""
+        assert self._hidden is not None, "this block is only looked at"
+        return self._hidden
+
     def call(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """Run the block on the windows ``rows``, whose inputs are ``hidden`` ``[rows, length, hidden]``."""
+        assert self._call is not None, "this block is only looked at"
         return self._call(hidden, rows)
 
     def parameter(self, tensor: str) -> torch.Tensor:

@@ -31,6 +31,7 @@ from compress.calibrate.sensitivity import losses
 from compress.calibrate.smoothing import ChannelStatistics, smooth
 from compress.contracts import Encoder
 from compress.errors import CompressError
+from compress.graph.kept_heads import narrow
 from compress.validate.encoded import Batch, Encoded, unpadded_batches
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 
@@ -153,6 +154,7 @@ def _open(request: Json) -> tuple[_Run, Encoder]:
         encoder = load_family(checkpoint.config).describe(checkpoint.config, checkpoint.tensors())
         reference = Reference(model, task_of(checkpoint.config).name, "none", False)
     assert isinstance(encoder, Encoder)
+    narrow(model, encoder)
     modules = dict(model.named_modules())
     linears: dict[str, tuple[Any, ...]] = {}
     for name, parameters in request["linears"].items():

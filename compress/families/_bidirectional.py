@@ -116,7 +116,7 @@ class _Builder:
         ``spare`` rows of every part, and with ``narrowed`` the columns beyond ``columns``, are those of removed heads.
         """
         step = rows // len(parts)
-        stop = step if spare else None
+        stop = step if spare or len(parts) > 1 else None
 
         def slices(names: Sequence[str], columns: int | None) -> tuple[Slice, ...]:
             return tuple(Slice(self.stored(part), 0, stop, columns=columns, spare=spare) for part in names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.graph import kept_heads
 from compress.tasks import Task, load_task
 
 #: What onnxruntime 1.14 and later, its mobile packages and transformers.js all run.
@@ -32,6 +33,8 @@ def write(config_directory: str, output: str, task_name: str) -> None:
     cls = TasksManager.get_model_class_for_task(_pipeline_name(task), framework="pt", model_type=config.model_type)
     with torch.device("meta"):
         model = cls.from_config(config, attn_implementation="eager").eval()
+    if kept_heads.removed(config.to_dict()):
+        kept_heads.narrow(model, kept_heads.described(config.to_dict(), type(model).__name__))
     examples = _examples(config)
     free = torch.export.Dim.DYNAMIC
     with torch.no_grad():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -75,8 +76,12 @@ def _work(config_directory: str, output: str, task: str = "") -> None:
     import mobius
     import onnx_ir as ir
 
-    # Without an explicit float32 a bfloat16 checkpoint silently gets an unfused attention on CPU.
-    package = mobius.build(config_directory, load_weights=False, execution_provider="cpu", dtype="f32")
+    from compress.graph.kept_heads import resized_config
+
+    with tempfile.TemporaryDirectory(prefix="compress-skeleton-") as place:
+        directory = resized_config(Path(config_directory), Path(place))
+        # Without an explicit float32 a bfloat16 checkpoint silently gets an unfused attention on CPU.
+        package = mobius.build(str(directory), load_weights=False, execution_provider="cpu", dtype="f32")
     model = package["model"]
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

@@ -1,0 +1,204 @@
+"""Pruning from the outside: what is asked for is checked, a worker writes the weights, the config says what is left.
+
+Requires an open source; ensures a directory that transformers loads as it is, or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+from compress.contracts import KEPT_HEADS, Checkpoint, PrunableFamily, SizeKeys, Structure
+from compress.errors import UnsupportedModelError, UsageError
+from compress.families import load_family
+from compress.package.staging import write_file
+from compress.package.writer import require_space
+from compress.profile import Profile
+from compress.prune import load_depth_pruner, load_pruner, texts
+from compress.prune.amounts import Amounts, Asked, full, resolve
+from compress.validate.protocol import run_worker
+
+TIMEOUT_SECONDS = 48 * 3600.0
+RECORD_NAME = "pruning.json"
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """How to run: the user's text, a seed, a cap in bytes, threads (which change no byte)."""
+
+    text_file: Path | None = None
+    seed: int = 0
+    max_memory: int | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What a run left: sizes before and after, and ``record``, which ``pruning.json`` has too."""
+
+    before: Amounts
+    after: Amounts
+    record: Mapping[str, Any]
+    peak_rss_bytes: int
+
+
+def prunable(checkpoint: Checkpoint) -> tuple[Structure, SizeKeys]:
+    """Return what can be pruned of a model.
+
+    Raises:
+        UnsupportedModelError: Its family does not say what its config calls the sizes.
+    """
+    family = load_family(checkpoint.config)
+    if not isinstance(family, PrunableFamily):
+        raise UnsupportedModelError(f"models of type {family.model_type!r} cannot be pruned")
+    return family.describe(checkpoint.config, checkpoint.tensors()), family.sizes
+
+
+def check(checkpoint: Checkpoint, profile: Profile) -> Amounts:
+    """Return the sizes that are to be left; refuse what cannot be, before work starts.
+
+    Raises:
+        UsageError: An amount or an algorithm that does not exist, or nothing to do.
+        UnsupportedModelError: The family cannot be pruned.
+    """
+    asked = profile.prune
+    structure, sizes = prunable(checkpoint)
+    load_pruner(asked.pruner)
+    load_depth_pruner(asked.depth)
+    if not asked.wanted:
+        raise UsageError("nothing is to be removed", where="prune", hint="--set prune.ffn=0.2, or heads, layers ...")
+    amounts = resolve(structure, sizes, Asked(*asked.amounts))
+    if amounts == full(structure) and any(asked.amounts):
+        raise UsageError(
+            f"so little cannot be removed: the nearest sizes that work are the model's own {asdict(amounts)}",
+            where="prune",
+            hint="remove more",
+        )
+    return amounts
+
+
+def reads_text(profile: Profile, before: Amounts, after: Amounts) -> bool:
+    """Return whether the model is run on a text."""
+    width = (after.inner, after.heads, after.kv_heads) != (before.inner, before.heads, before.kv_heads)
+    fits = profile.prune.recover != "none" and after != before
+    return fits or (width and load_pruner(profile.prune.pruner).reads_text) or after.layers != before.layers
+
+
+def prune(
+    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    profile: Profile,
+    amounts: Amounts,
+    directory: Path,
+    options: PruneOptions,
+    progress: Progress,
+) -> PrunedModel:
+    """Write a pruned checkpoint into an existing, empty directory.
+
+    Args:
+        checkpoint: The source, open.
+        source: The same, as a worker opens it again.
+        profile: ``prune`` and ``calibration`` of it.
+        amounts: What is to be left, as :func:`check` or a search found it.
+        directory: Where it goes.
+        options: How.
+        progress: Called with the fraction that is done.
+
+    Raises:
+        UsageError: The text is too short.
+        ResourceError: It does not fit in memory, or on the disk.
+        SourceError: Weights or hidden states are not finite.
+    """
+    structure, sizes = prunable(checkpoint)
+    before = full(structure)
+    require_space(directory, sum(info.nbytes for info in checkpoint.tensors().values()))
+    text = None
+    if reads_text(profile, before, amounts):
+        text = texts.write_texts(
+            structure,
+            checkpoint,
+            profile,
+            text_file=options.text_file,
+            source=source,
+            seed=options.seed,
+            memory_cap=options.max_memory,
+            work=directory,
+            progress=lambda fraction: None,
+        )
+    request = {
+        "checkpoint": dict(source),
+        "texts": None if text is None else str(text.path),
+        "amounts": asdict(amounts),
+        "algorithm": profile.prune.pruner,
+        "depth": profile.prune.depth,
+        "fit": profile.prune.recover != "none" and text is not None,
+        "seed": options.seed,
+        "vocabulary": None,
+        "output": str(directory),
+        "workers": options.threads,
+        "memory_cap": options.max_memory,
+        "threads": 1,
+    }
+    try:
+        response = run_worker("prune.worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
+    finally:
+        if text is not None:
+            text.path.unlink(missing_ok=True)
+    result = response["results"][0]
+    record = {
+        "schema_version": 1,
+        "source": {"id": checkpoint.identifier, "kind": checkpoint.kind, "revision": checkpoint.revision},
+        "before": asdict(before),
+        "after": asdict(amounts),
+        "layers": result["layers"],
+        "algorithm": profile.prune.pruner,
+        "depth": profile.prune.depth if amounts.layers < before.layers else None,
+        "recover": profile.prune.recover if text is not None else "none",
+        "text": None if text is None else dict(text.record),
+        "errors": {name: [float(f"{value:.3g}") for value in pair] for name, pair in result["errors"].items()},
+        "seed": options.seed,
+    }
+    config = pruned_config(checkpoint.config, sizes, structure, amounts, result)
+    write_file(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_sidecars(checkpoint, directory)
+    write_file(directory / RECORD_NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return PrunedModel(before, amounts, record, int(response["peak_rss_bytes"]))
+
+
+def pruned_config(
+    config: Mapping[str, Any], sizes: SizeKeys, structure: Structure, amounts: Amounts, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the config of what is left: its sizes, and lists with an entry a block shortened with them."""
+    before = full(structure)
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    changed = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
+    changed["dtype"] = names[result["dtype"]]
+    changed[sizes.inner] = amounts.inner
+    changed[sizes.layers] = amounts.layers
+    for key, value in changed.items():
+        if isinstance(value, list) and key == "layer_types" and len(value) == before.layers:
+            changed[key] = [value[index] for index in result["layers"]]
+    if (amounts.heads, amounts.kv_heads) != (before.heads, before.kv_heads):
+        if sizes.head_dim is None:
+            changed[KEPT_HEADS] = amounts.heads
+        else:
+            changed[sizes.heads], changed[sizes.head_dim] = amounts.heads, structure.head_dim
+            if sizes.kv_heads is not None:
+                changed[sizes.kv_heads] = amounts.kv_heads
+    return changed
+
+
+def copy_sidecars(checkpoint: Checkpoint, directory: Path) -> None:
+    """Take over tokenizer, template and pooling files unchanged."""
+    for name, path in checkpoint.sidecars().items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)
+
+

@@ -1,0 +1,333 @@
+"""The worker that prunes a checkpoint: ``python -m compress.prune.worker``.
+
+Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (decoders: ``.npy``
+int64 ``[windows, length]``; encoders: ``.npz`` of :class:`compress.validate.encoded.Encoded`; null: no text is read),
+``amounts`` {inner, heads, kv_heads, layers}, ``algorithm``, ``depth`` (an algorithm's name), ``fit`` (bool), ``seed``,
+``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers`` (threads), ``memory_cap``.
+
+It writes the weights files into ``output`` and answers ``layers`` [blocks that stay], ``zeros`` [tensors in which
+removed heads are left as zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
+
+In memory are one block of a decoder (an encoder whole), the hidden states of the calibration tokens twice, and the
+inputs of one linear with their second moments. Sums are made by one thread each, over pieces that do not depend on how
+many threads there are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compress.allocator import keep_buffers
+from compress.calibrate.blocks import Block, Workers
+from compress.contracts import KEPT_HEADS, Checkpoint, Encoder, FloatArray, PrunableFamily, Structure
+from compress.errors import CompressError, SourceError
+from compress.families import load_family
+from compress.prune import load_depth_pruner, load_pruner
+from compress.prune.amounts import Amounts, full
+from compress.prune.block_pruner import BlockPruner, Pruned
+from compress.prune.checkpoint import Stored, WeightsWriter, stored_type
+from compress.prune.cuts import Cut, Kept, block_cuts, renumbered, vocabulary_cuts
+from compress.prune.encoder_blocks import EncoderBlocks
+from compress.quantize.finite import first_nonfinite
+from compress.validate.encoded import Batch, Encoded, padded_batch
+from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validate.streaming import Call, StreamedModel
+
+#: Buffers to keep, as in calibration.
+_KEPT_BYTES = 32 << 20
+#: Tokens whose hidden states are kept of every block, to choose the blocks that go.
+STATE_TOKENS = 512
+_INTEGERS = ("I", "U", "BOOL")
+
+Progress = Callable[[float], None]
+
+
+class Pruning:
+    """One run: the source, what is to be left of it, and the files that are written."""
+
+    def __init__(self, request: Json) -> None:
+        from compress.source import open_checkpoint
+
+        wanted = request["checkpoint"]
+        adapter = wanted.get("adapter")
+        self.request = request
+        self.checkpoint: Checkpoint = open_checkpoint(
+            wanted["reference"],
+            adapter=Path(adapter) if adapter else None,
+            revision=wanted.get("revision"),
+            task=wanted.get("task"),
+        )
+        family = load_family(self.checkpoint.config)
+        assert isinstance(family, PrunableFamily)
+        self.structure: Structure = family.describe(self.checkpoint.config, self.checkpoint.tensors())
+        self.amounts = Amounts(**request["amounts"])
+        self.full = full(self.structure)
+        self.leave_zeros = family.sizes.head_dim is None
+        self.workers = Workers(int(request["workers"]))
+        self.model: Any = self._model()
+        self.batch, self.real = self._texts()
+        self.pruner = BlockPruner(
+            self.structure,
+            self.amounts,
+            load_pruner(request["algorithm"]),
+            fit=bool(request["fit"]),
+            real=self.real,
+            workers=self.workers,
+            seed=int(request["seed"]),
+        )
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.zeros: list[str] = []
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks have weights of their own."""
+        return 1 + max(linear.layer for linear in self.structure.linears if linear.layer is not None)
+
+    def run(self, progress: Progress) -> Json:
+        """Choose blocks, then prune and write one after the other."""
+        heads = (self.amounts.heads, self.amounts.kv_heads) != (self.full.heads, self.full.kv_heads)
+        if heads and self.leave_zeros and KEPT_HEADS in self.checkpoint.config:
+            raise CompressError(
+                "heads of this checkpoint were removed before", hint="prune the original model by the sum of both"
+            )
+        stay = self._stay(lambda fraction: progress(0.3 * fraction))
+        names = renumbered(list(self._stored()), self.structure, stay) if self._by_depth() else dict.fromkeys(())
+        self._names = dict(names) if self._by_depth() else {name: name for name in self._stored()}
+        self._cuts = self._planned(stay)
+        tensors = [
+            Stored(
+                self._names[name],
+                stored_type(info.dtype),
+                self._cuts[name].shape(info.shape) if name in self._cuts else info.shape,
+            )
+            for name, info in self._stored().items()
+            if name in self._names
+        ]
+        with WeightsWriter(Path(self.request["output"]), tensors) as self._writer:
+            self._done: set[str] = set()
+            self._prune(stay, lambda fraction: progress(0.3 + 0.6 * fraction))
+            for name in self._names:
+                if name not in self._done:
+                    self._copy(name)
+        types = Counter[str]()
+        for tensor in tensors:
+            types[tensor.dtype] += tensor.nbytes
+        return {
+            "layers": list(stay),
+            "zeros": sorted(self.zeros),
+            "errors": {name: list(pair) for name, pair in self.errors.items()},
+            "dtype": types.most_common(1)[0][0],
+        }
+
+    # --------------------------------------------------------------------------------------------------- what stays
+
+    def _by_depth(self) -> bool:
+        """Return whether blocks that go take tensors with them: not those of one that is run several times."""
+        return self.amounts.layers < self.full.layers and self.blocks == self.full.layers
+
+    def _stay(self, progress: Progress) -> tuple[int, ...]:
+        """Return the blocks that stay; of one that is run several times, the runs."""
+        count = self.full.layers - self.amounts.layers
+        if not self._by_depth():
+            return tuple(range(self.amounts.layers))
+        depth = load_depth_pruner(self.request["depth"])
+        assert self.real is not None, "depth is chosen on a text"
+        places = np.flatnonzero(self.real.reshape(-1))
+        places = places[np.unique(np.linspace(0, len(places) - 1, STATE_TOKENS).astype(np.int64))]
+        states: list[FloatArray] = []
+
+        def visit(index: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            block = self._block(index, layer, call, hidden)
+            outputs = block.outputs()
+            if not states:
+                states.append(hidden.flatten(0, -2)[places].numpy())
+            states.append(outputs.flatten(0, -2)[places].numpy())
+            return outputs
+
+        self.model.visit_blocks(self.batch, visit, progress)
+        found = np.stack(states)
+        bad = first_nonfinite(found.reshape(len(found), -1))
+        if bad is not None:
+            raise SourceError("the model's hidden states are not finite on the text", where=f"block {bad[0]}")
+        gone = depth.remove(found, count)
+        return tuple(index for index in range(self.full.layers) if index not in set(gone.tolist()))
+
+    # ------------------------------------------------------------------------------------------------------ pruning
+
+    def _prune(self, stay: tuple[int, ...], progress: Progress) -> None:
+        """Go through the model once, or through its weights where no text is read."""
+        if not self._any_width() and not self.request["fit"]:
+            return
+        if self.batch is None:
+            self.model.each(lambda index, layer: self._choose(index, layer, stay))
+        elif self.blocks == self.full.layers:
+            self._follow(stay, progress)
+        else:
+            self._share(progress)
+
+    def _any_width(self) -> bool:
+        return (self.amounts.inner, self.amounts.heads, self.amounts.kv_heads) != (
+            self.full.inner,
+            self.full.heads,
+            self.full.kv_heads,
+        )
+
+    def _choose(self, index: int, layer: torch.nn.Module, stay: tuple[int, ...]) -> None:
+        if index not in stay and self.blocks == self.full.layers:
+            return
+        block = self._block(index, layer, None, None)
+        pruned = self.pruner.choose(block)
+        self._cut(index, pruned)
+
+    def _follow(self, stay: tuple[int, ...], progress: Progress) -> None:
+        """Two streams: the source's through the model's own forward, the pruned one's beside it."""
+        stream: list[torch.Tensor] = []
+
+        def visit(index: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            block = self._block(index, layer, call, hidden)
+            outputs = block.outputs()
+            if not stream:
+                stream.append(hidden)
+            if index in stay:
+                pruned = self.pruner.follow(block, stream[0], outputs)
+                stream[0] = block.outputs(stream[0])
+                self._require_finite(index, stream[0])
+                self._cut(index, pruned)
+                self._write_changed(block, pruned)
+            return outputs
+
+        self.model.visit_blocks(self.batch, visit, progress)
+
+    def _share(self, progress: Progress) -> None:
+        """A block that is run several times: its inputs over all runs that stay, then one choice."""
+        seen: dict[int, dict[str, FloatArray]] = {}
+        groups = self.full.layers // self.blocks
+
+        def visit(run: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            index = run // groups
+            block = self._block(index, layer, call, hidden)
+            if run < self.amounts.layers:
+                found, known = self.pruner.observed(block), seen.setdefault(index, {})
+                for name, array in found.items():
+                    known[name] = known[name] + array if name in known else array
+            return block.outputs()
+
+        self.model.visit_blocks(self.batch, visit, progress)
+
+        def settle(index: int, layer: torch.nn.Module) -> None:
+            block = self._block(index, layer, None, None)
+            pruned = self.pruner.settle_shared(block, seen[index])
+            self._cut(index, pruned)
+            self._write_changed(block, pruned)
+
+        self.model.each(settle)
+
+    def _block(self, index: int, layer: torch.nn.Module, call: Call | None, hidden: torch.Tensor | None) -> Block:
+        return Block(self.model, self.structure, index, layer, call, hidden, self.workers)
+
+    @staticmethod
+    def _require_finite(index: int, states: torch.Tensor) -> None:
+        bad = first_nonfinite(states.flatten(0, -2).numpy())
+        if bad is not None:
+            raise SourceError("the pruned model's hidden states are not finite on the text", where=f"block {index}")
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def _stored(self) -> Mapping[str, Any]:
+        """Return the tensors that are written: floats, and of a trimmed vocabulary none that the plan does not know."""
+        tensors = self.checkpoint.tensors()
+        known = set(self._vocabulary_cuts())
+        rows = self.structure.vocab_size
+        return {
+            name: info
+            for name, info in tensors.items()
+            if not info.dtype.startswith(_INTEGERS) and (not known or name in known or rows not in info.shape)
+        }
+
+    def _vocabulary_cuts(self) -> dict[str, Cut]:
+        if self.request["vocabulary"] is None:
+            return {}
+        return vocabulary_cuts(self.structure, np.load(self.request["vocabulary"]))
+
+    def _planned(self, stay: tuple[int, ...]) -> dict[str, Cut]:
+        """Return cuts of the right sizes: which rows and columns stay is known block by block."""
+        some = Kept(
+            None if self.amounts.inner == self.full.inner else np.arange(self.amounts.inner),
+            None,
+            None,
+        )
+        if (self.amounts.heads, self.amounts.kv_heads) != (self.full.heads, self.full.kv_heads):
+            some = Kept(some.neurons, np.arange(self.amounts.heads), np.arange(self.amounts.kv_heads))
+        cuts = self._vocabulary_cuts()
+        for index in range(self.blocks):
+            if index in stay or self.blocks != self.full.layers:
+                cuts |= block_cuts(self.structure, index, some, leave_zeros=self.leave_zeros)
+        return cuts
+
+    def _cut(self, index: int, pruned: Pruned) -> None:
+        found = block_cuts(self.structure, index, pruned.kept, leave_zeros=self.leave_zeros)
+        self._cuts |= found
+        self.errors |= pruned.errors or {}
+        if self.leave_zeros and pruned.kept.heads is not None:
+            roles = ("qkv", "attention_output")
+            linears = [item for item in self.structure.linears if item.layer == index and item.role in roles]
+            names = {piece.tensor for item in linears for piece in (*item.weight, *item.bias)}
+            self.zeros += [self._names[name] for name in names if name in found]
+
+    def _write_changed(self, block: Block, pruned: Pruned) -> None:
+        """Write what was fitted, from the block; all else is read from the source again."""
+        for linear in block.linears:
+            if linear.name not in pruned.changed:
+                continue
+            for piece in (*linear.linear.weight, *linear.linear.bias):
+                self._write(piece.tensor, block.parameter(piece.tensor).numpy())
+
+    def _copy(self, name: str) -> None:
+        self._write(name, self.checkpoint.read(name))
+
+    def _write(self, name: str, tensor: npt.NDArray[Any]) -> None:
+        cut = self._cuts.get(name)
+        self._writer.write(self._names[name], tensor if cut is None else cut.apply(tensor))
+        self._done.add(name)
+
+    # -------------------------------------------------------------------------------------------------------- inputs
+
+    def _model(self) -> Any:
+        if isinstance(self.structure, Encoder):
+            return EncoderBlocks(self.checkpoint, self.structure, self.request.get("memory_cap"))
+        return StreamedModel(self.checkpoint)
+
+    def _texts(self) -> tuple[Any, npt.NDArray[np.bool_] | None]:
+        path = self.request["texts"]
+        if path is None:
+            return None, None
+        if isinstance(self.structure, Encoder):
+            batch: Batch = padded_batch(Encoded.load(path), 0)
+            return batch, batch.mask.astype(bool)
+        windows = np.load(path)
+        return windows, np.ones(windows.shape, bool)
+
+
+def handle(request: Json, job: Path) -> Json:
+    """Open the model, prune it, and write it."""
+    torch.set_num_threads(1)
+    keep_buffers(_KEPT_BYTES)
+    pruning = Pruning(request)
+    try:
+        with torch.no_grad():
+            result = pruning.run(lambda fraction: report_progress(job, fraction))
+    finally:
+        pruning.workers.close()
+    return {"results": [result], "peak_rss_bytes": peak_rss_bytes()}
+
+
+if __name__ == "__main__":
+    sys.exit(serve(handle))
