@@ -57,7 +57,7 @@ def check_calibration(plan: Plan, profile: Profile, options: ExportOptions) -> N
     """
     from compress.calibrate import encoder
 
-    if options.calibration_text is None:
+    if options.calibration_text is None or profile.prune.wanted:  # pruning reads it, or has refused it
         return
     writes = not isinstance(plan.structure, Encoder)
     if writes:

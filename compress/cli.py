@@ -6,19 +6,29 @@ Results go to standard output, progress and logs to standard error. Nothing heav
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from compress import __version__
+from compress.cli_options import (
+    calibration_option,
+    json_option,
+    labels_option,
+    model_options,
+    print_json,
+    profile_options,
+    reference_to,
+    short_name,
+    threads_option,
+)
+from compress.cli_prune import prune
 from compress.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -29,9 +39,6 @@ from compress.errors import (
     UsageError,
     did_you_mean,
 )
-
-if TYPE_CHECKING:
-    from compress.pipeline import ModelReference
 
 
 class _Group(click.Group):
@@ -65,74 +72,21 @@ def cli(context: click.Context, debug: bool) -> None:
     logging.basicConfig(level=logging.INFO if debug else logging.ERROR, stream=sys.stderr)
 
 
-def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA adapter's directory to merge."),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
-        click.option(
-            "--task",
-            metavar="NAME",
-            help="What the model shall do: embedding, text-classification, token-classification, question-answering, "
-            "fill-mask, text-generation. Default: what its architecture is for.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: quantize.block_size=64."
-        ),
-        click.option("--profile", required=True, metavar="NAME", help="compress profiles lists them; or a .toml file."),
-    ):
-        command = option(command)
-    return command
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
-_calibration_option = click.option(
-    "--calibration-text",
-    type=click.Path(path_type=Path),
-    help="UTF-8 text of your domain that a calibrating profile runs the model on; default embedded, disjoint from "
-    "--eval-text's. Encoders: int8 profiles; models that write text: quantize.effort balanced or max.",
-)
-_labels_option = click.option(
-    "--eval-labels",
-    type=click.Path(path_type=Path),
-    help="Labelled examples, one JSON object a line: measures the task's accuracy before and after (encoders).",
-)
-_threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
-)
-
-
-def _reference(model: str, adapter: Path | None, revision: str | None, task: str | None) -> ModelReference:
-    from compress.pipeline import ModelReference
-
-    return ModelReference(model, adapter=adapter, revision=revision, task=task)
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, sort_keys=True, allow_nan=False))
-
-
 @cli.command()
 @click.argument("model")
-@_profile_options
+@profile_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE."
 )
-@_calibration_option
+@calibration_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
-@_labels_option
+@labels_option
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
-@_threads_option
-@_model_options
-@_json_option
+@threads_option
+@model_options
+@json_option
 def export(
     model: str,
     profile: str,
@@ -157,7 +111,7 @@ def export(
     from compress.sizes import parse_size
 
     recipe = load_profile(profile, overrides)
-    output = output or Path("artifacts") / f"{_short(model)}-{recipe.name}"
+    output = output or Path("artifacts") / f"{short_name(model)}-{recipe.name}"
     options = pipeline.ExportOptions(
         calibration_text=calibration_text,
         eval_text=eval_text,
@@ -168,19 +122,13 @@ def export(
         threads=threads or os.cpu_count() or 1,
     )
     stages = Stages(show=sys.stderr.isatty() and not as_json)
-    result = pipeline.export(_reference(model, adapter, revision, task), recipe, output, options, stages)
+    result = pipeline.export(reference_to(model, adapter, revision, task), recipe, output, options, stages)
     if as_json:
-        _print_json({"output": str(output), "manifest": result.manifest, "report": result.report})
+        print_json({"output": str(output), "manifest": result.manifest, "report": result.report})
     else:
         _show_report(result.report)
         click.echo(f"{result.manifest['status']}: {output}")
     return result.exit_code
-
-
-def _short(model: str) -> str:
-    """Return a directory name for a model reference."""
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
 
 
 def _show_report(report: Any) -> None:
@@ -196,12 +144,12 @@ def _show_report(report: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@_profile_options
-@_calibration_option
+@profile_options
+@calibration_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
-@_threads_option
-@_model_options
-@_json_option
+@threads_option
+@model_options
+@json_option
 def plan(
     model: str,
     profile: str,
@@ -229,13 +177,16 @@ def plan(
         calibration_text=calibration_text, seed=seed, validate=False, threads=threads or os.cpu_count() or 1
     )
     stages = Stages(show=sys.stderr.isatty() and not as_json)
-    with pipeline.planned(_reference(model, adapter, revision, task), recipe, options, stages) as found:
+    with pipeline.planned(reference_to(model, adapter, revision, task), recipe, options, stages) as found:
         document = plan_document(found.plan, recipe, found.checkpoint, options.threads, found.allocation)
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         click.echo(plan_text(document), nl=False)
     return 0
+
+
+cli.add_command(prune)
 
 
 @cli.command()
@@ -246,9 +197,9 @@ def plan(
     "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
 )
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
-@_labels_option
-@_threads_option
-@_json_option
+@labels_option
+@threads_option
+@json_option
 def validate(
     artifact: Path,
     reference: str | None,
@@ -275,7 +226,7 @@ def validate(
         stages=stages,
     )
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         _show_report(report)
     return exit_code
@@ -293,8 +244,8 @@ def validate(
     "--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate (decoders)."
 )
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Measured runs.")
-@_threads_option
-@_json_option
+@threads_option
+@json_option
 def bench(
     artifact: Path,
     providers: tuple[str, ...],
@@ -320,7 +271,7 @@ def bench(
         threads=threads,
     )
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         click.echo(bench_text(document), nl=False)
     return 0
@@ -333,7 +284,7 @@ def bench(
     "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The most tokens to generate."
 )
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
-@_threads_option
+@threads_option
 def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
     """Try a decoder's ARTIFACT: complete PROMPT greedily, printed as it comes."""
     from compress.generate import stream
@@ -346,7 +297,7 @@ def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: i
 
 @cli.command()
 @click.argument("name", required=False)
-@_json_option
+@json_option
 def profiles(name: str | None, as_json: bool) -> int:
     """List the profiles, or show one whole."""
     from compress.profile import available_profiles, load_profile
@@ -354,14 +305,14 @@ def profiles(name: str | None, as_json: bool) -> int:
     if name is not None:
         recipe = load_profile(name)
         if as_json:
-            _print_json(recipe.model_dump(mode="json"))
+            print_json(recipe.model_dump(mode="json"))
         else:
             path = available_profiles().get(name, Path(name))
             click.echo(path.read_text(encoding="utf-8"), nl=False)
         return 0
     recipes = [load_profile(known) for known in available_profiles()]
     if as_json:
-        _print_json([recipe.model_dump(mode="json") for recipe in recipes])
+        print_json([recipe.model_dump(mode="json") for recipe in recipes])
     else:
         for recipe in recipes:
             click.echo(f"{recipe.name:<18} {recipe.description}")
@@ -370,7 +321,7 @@ def profiles(name: str | None, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("name", required=False)
-@_json_option
+@json_option
 def models(name: str | None, as_json: bool) -> int:
     """List the short names of models, or show one."""
     from compress import catalog
@@ -383,7 +334,7 @@ def models(name: str | None, as_json: bool) -> int:
             raise UsageError(f"no model is called {name!r}", hint=catalog.suggest(name))
         found = (entry,)
     if as_json:
-        _print_json([{**entry.model_dump(mode="json"), "support": entry.support} for entry in found])
+        print_json([{**entry.model_dump(mode="json"), "support": entry.support} for entry in found])
     else:
         click.echo(models_text(found), nl=False)
     return 0
@@ -391,14 +342,14 @@ def models(name: str | None, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@_json_option
+@json_option
 def inspect(artifact: Path, as_json: bool) -> int:
     """Show what is in an ARTIFACT: source, status, files, tensors by role, inputs and outputs."""
     from compress.show import inspect_document, inspect_text
 
     document = inspect_document(artifact)
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         click.echo(inspect_text(document), nl=False)
     return 0
@@ -409,7 +360,7 @@ def inspect(artifact: Path, as_json: bool) -> int:
 @click.option(
     "--install", multiple=True, metavar="PROVIDER", help="Install what the provider needs into the cache first."
 )
-@_json_option
+@json_option
 def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> int:
     """Try every execution provider on this machine: what works, what a run on it proves, and what is missing.
 
@@ -423,7 +374,7 @@ def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> i
         provider.install(lambda step: click.echo(step, err=True))
     found = diagnosis.examine_all(tuple(dict.fromkeys(provider.name for provider in asked)))
     if as_json:
-        _print_json(diagnosis.document(found))
+        print_json(diagnosis.document(found))
     else:
         click.echo(diagnosis.text(found), nl=False)
     return EXIT_PROVIDER if asked and not all(item.works for item in found) else EXIT_OK

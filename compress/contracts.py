@@ -363,8 +363,8 @@ IntArray = npt.NDArray[np.int64]
 class Units:
     """What may be removed of a linear's inputs, seen by the linear that reads them.
 
-    A unit is ``size`` neighbouring input channels: 1 for a feed-forward neuron, ``head_dim`` (times the query heads of a
-    group) for heads.
+    A unit is ``size`` neighbouring input channels: 1 for a feed-forward neuron, ``head_dim`` (times the query heads
+    of a group) for heads.
 
     Attributes:
         weight: float32 ``[N, K]`` of the linear that reads the channels; K is a multiple of ``size``.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from compress.calibrate.encoder import Calibrated
     from compress.graph.finished import FinishedGraph
     from compress.progress import Meter
+    from compress.pruning import PrunedSource
     from compress.report.calibrated import Calibrated as DecoderCalibrated
     from compress.report.model import Allocation
 
@@ -151,76 +152,102 @@ def export(
     if options.calibration_text is not None:
         text.from_file(options.calibration_text, profile.validation.tokens)
     with model.open() as checkpoint:
-        with stages.stage("plan"):
-            require_tokenizer(checkpoint)
-            structure = describe(checkpoint)
-            task = structure.task if isinstance(structure, Encoder) else "text-generation"
-            checks.check_labels(structure, checkpoint.config, options)
-            if options.validate and isinstance(structure, Encoder):
-                check_length(structure.context_length, profile.validation.max_length)
-            for target in _targets(profile):
-                if target.applies(structure):
-                    target.check(checkpoint)  # what is damaged is found out now, not after the weights
-            pool = pooling.resolve(structure, profile, checkpoint)
-            plan = make_plan(structure, profile, checkpoint)
-            checks.check_plan(plan, profile)
-            checks.check_calibration(plan, profile, options)
+        if not profile.prune.wanted:
+            return _export(model, checkpoint, profile, output, options, stages)
+        from compress import pruning
+
+        with (
+            pruning.pruned(model, checkpoint, profile, output, options, stages) as made,
+            made.model.open() as smaller,
+        ):
+            return _export(made.model, smaller, profile, output, options, stages, made)
+
+
+def _export(
+    model: ModelReference,
+    checkpoint: OpenCheckpoint,
+    profile: Profile,
+    output: Path,
+    options: ExportOptions,
+    stages: Stages,
+    made: PrunedSource | None = None,
+) -> ExportResult:
+    """Export a model as it is; ``made`` says what it was pruned from."""
+    origin = checkpoint if made is None else made.origin
+    adapter = model.adapter if made is None else made.reference.adapter
+    with stages.stage("plan"):
+        require_tokenizer(checkpoint)
+        structure = describe(checkpoint)
+        task = structure.task if isinstance(structure, Encoder) else "text-generation"
+        checks.check_labels(structure, checkpoint.config, options)
+        if options.validate and isinstance(structure, Encoder):
+            check_length(structure.context_length, profile.validation.max_length)
+        for target in _targets(profile):
+            if target.applies(structure):
+                target.check(checkpoint)  # what is damaged is found out now, not after the weights
+        pool = pooling.resolve(structure, profile, checkpoint)
+        plan = make_plan(structure, profile, checkpoint)
+        checks.check_plan(plan, profile)
+        checks.check_calibration(plan, profile, options)
+        resources.check(plan, profile, options)
+        require_space(output, plan.predicted_bytes)
+    with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
+        digests = background.submit(origin.files)
+        calibration = _calibration(model, checkpoint, plan, profile, options)
+        decoding = _decoding(model, checkpoint, plan, profile, options, directory)
+        if decoding is not None:
+            plan = calibrate_decoder(decoding, plan, stages)
             resources.check(plan, profile, options)
             require_space(output, plan.predicted_bytes)
-        with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
-            digests = background.submit(checkpoint.files)
-            calibration = _calibration(model, checkpoint, plan, profile, options)
-            decoding = _decoding(model, checkpoint, plan, profile, options, directory)
-            if decoding is not None:
-                plan = calibrate_decoder(decoding, plan, stages)
-                resources.check(plan, profile, options)
-                require_space(output, plan.predicted_bytes)
-            built = build(
-                checkpoint,
+        built = build(
+            checkpoint,
+            plan,
+            profile,
+            directory,
+            options.threads,
+            stages,
+            seed=options.seed,
+            pool=pool,
+            calibration=calibration,
+            decoding=decoding,
+            activations=_activations(checkpoint, structure, profile, options),
+        )
+        record = manifest.build_manifest(
+            origin,
+            profile,
+            seed=options.seed,
+            files=digests.result(),
+            adapter={"directory": adapter.name} if adapter else None,
+        )
+        record |= {"task": task, "fusions": dict(built.fired)}
+        if made is not None:
+            record["pruning"] = dict(made.record)
+        if built.calibration is not None:
+            record["calibration"] = dict(built.calibration)
+        proved = _calibrated(decoding)
+        if proved is not None and proved.allocation is not None:
+            record["allocation"] = proved.allocation.model_dump(mode="json")
+        report, status, code = None, "built", EXIT_OK
+        if options.validate:
+            from compress import chain, proof
+
+            report = proof.prove(
+                model if made is None else made.reference,
+                origin,
                 plan,
                 profile,
                 directory,
-                options.threads,
+                options,
                 stages,
-                seed=options.seed,
-                pool=pool,
-                calibration=calibration,
-                decoding=decoding,
-                activations=_activations(checkpoint, structure, profile, options),
+                fusions=built.fired,
+                calibration=proved,
+                smaller=None if made is None else chain.Smaller(checkpoint, made.record),
             )
-            record = manifest.build_manifest(
-                checkpoint,
-                profile,
-                seed=options.seed,
-                files=digests.result(),
-                adapter={"directory": model.adapter.name} if model.adapter else None,
-            )
-            record |= {"task": task, "fusions": dict(built.fired)}
-            if built.calibration is not None:
-                record["calibration"] = dict(built.calibration)
-            proved = _calibrated(decoding)
-            if proved is not None and proved.allocation is not None:
-                record["allocation"] = proved.allocation.model_dump(mode="json")
-            report, status, code = None, "built", EXIT_OK
-            if options.validate:
-                from compress import proof
-
-                report = proof.prove(
-                    model,
-                    checkpoint,
-                    plan,
-                    profile,
-                    directory,
-                    options,
-                    stages,
-                    fusions=built.fired,
-                    calibration=proved,
-                )
-                status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
-                code = proof.exit_code(report)
-            elif proved is not None:
-                proved.draw(directory)
-            record = manifest.write_manifest(directory, record, status=status)
+            status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
+            code = proof.exit_code(report)
+        elif proved is not None:
+            proved.draw(directory)
+        record = manifest.write_manifest(directory, record, status=status)
     return ExportResult(output, record, report, code)
 
 
@@ -242,7 +269,7 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
         BudgetError: No assignment keeps the budget.
     """
     with model.open(config_only=True) as checkpoint:
-        plan = make_plan(describe(checkpoint), profile, checkpoint)
+        plan = make_plan(_left(checkpoint, profile), profile, checkpoint)
         checks.check_plan(plan, profile)
         if profile.quantize.allocation != "budget":
             checks.check_unread(options)
@@ -257,6 +284,20 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
         proved = _calibrated(decoding)
         assert proved is not None
         yield Planned(checkpoint, plan, proved.allocation)
+
+
+def _left(checkpoint: Checkpoint, profile: Profile) -> Structure:
+    """Return the structure of what pruning leaves, by the config alone; of a search or a trimmed vocabulary the source's."""
+    structure = describe(checkpoint)
+    if not any(profile.prune.amounts):
+        return structure
+    from compress.prune import run
+
+    _, sizes = run.prunable(checkpoint)
+    amounts = run.check(checkpoint, profile)
+    result = {"layers": list(range(amounts.layers)), "dtype": "F32"}
+    config = run.pruned_config(checkpoint.config, sizes, structure, amounts, result)
+    return load_family(config).describe(config, {})
 
 
 def _whole(model: ModelReference) -> OpenCheckpoint:

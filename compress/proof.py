@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress import checks, pipeline, pooling, resources
+from compress import chain, checks, pipeline, pooling, resources
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
@@ -47,10 +47,14 @@ def prove(
     fusions: Mapping[str, int],
     provider_names: Sequence[str] = (),
     calibration: calibrated.Calibrated | None = None,
+    smaller: chain.Smaller | None = None,
+    pruning: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Validate an artifact against its source, write ``report.json`` into it, and return the report.
 
-    ``calibration`` is what a decoder was calibrated on, and how its bits were chosen.
+    ``checkpoint`` is the source; the plan is that of what was quantized. ``calibration`` is what a decoder was
+    calibrated on, and how its bits were chosen. ``smaller`` is the pruned checkpoint, measured as well; where it is
+    gone, ``pruning`` is what the manifest kept of it.
 
     Raises:
         ProviderError: A requested provider does not work here.
@@ -74,11 +78,21 @@ def prove(
                 {profile.provider: profile.provider_options}, profile.validation.allowed_fallback
             ),
         }
-        if isinstance(plan.structure, Encoder):
-            pool = pooling.resolve(plan.structure, profile, checkpoint)
-            result = _run_encoder(directory, profile.validation, pool, options.eval_labels, shared)
-        else:
-            result = _run_decoder(directory, profile.validation, plan.structure.context_length, shared)
+
+        def validate(place: Path, given: Mapping[str, Any]) -> Validation:
+            if isinstance(plan.structure, Encoder):
+                pool = pooling.resolve(plan.structure, profile, checkpoint)
+                return _run_encoder(place, profile.validation, pool, options.eval_labels, given)
+            return _run_decoder(place, profile.validation, plan.structure.context_length, given)
+
+        result = validate(directory, shared)
+        source_bytes = plan.source_bytes
+        found: report.Pruning | None = None
+        if smaller is not None:
+            source_bytes = make_plan(pipeline.describe(checkpoint), profile, checkpoint).source_bytes
+            found = chain.measure(smaller, source_bytes, plan, profile, directory, result, shared, validate)
+        elif pruning is not None:
+            found = chain.again(directory, REPORT_NAME, pruning, result)
     before = tuple(
         report.Stage(name=stage.name, seconds=stage.seconds, peak_rss_bytes=stage.peak_rss_bytes)
         for stage in stages.done
@@ -93,9 +107,9 @@ def prove(
         ),
         profile=report.ProfileSummary(name=profile.name, resolved=profile.model_dump(mode="json", exclude_none=True)),
         size=report.Size(
-            source_bytes=plan.source_bytes,
+            source_bytes=source_bytes,
             artifact_bytes=result.artifact_bytes,
-            ratio=plan.source_bytes / result.artifact_bytes,
+            ratio=source_bytes / result.artifact_bytes,
         ),
         drift=result.drift,
         speed=result.speed,
@@ -103,6 +117,7 @@ def prove(
         providers=result.providers,
         stages=(*before, *result.stages),
         fusions=dict(fusions),
+        pruning=found,
         environment=environment(),
         **_calibration(calibration, result, profile, options, directory),
     )
@@ -213,6 +228,7 @@ def validate_artifact(
             fusions=record.get("fusions", {}),
             provider_names=providers,
             calibration=calibrated.of_manifest(record),
+            pruning=record.get("pruning"),
         )
     passed = made["verdict"]["status"] == "pass"
     manifest.write_manifest(artifact, record, status="accepted" if passed else "rejected")

@@ -271,3 +271,21 @@ def _encoder_bench(entry: Mapping[str, Any]) -> list[str]:
             f"{point['sequences_per_second']:.0f} texts/s"
         )
     return lines
+
+
+def pruning_text(record: Mapping[str, Any]) -> str:
+    """Return what pruning did, for a person: sizes before and after, and what the fits made of each linear."""
+    names = {"inner": "neurons", "heads": "heads", "kv_heads": "key-value heads", "layers": "blocks"}
+    lines = [
+        f"{label:<16} {record['before'][key]:>7,} -> {record['after'][key]:,}"
+        for key, label in names.items()
+        if record["before"][key] != record["after"][key]
+    ]
+    if record["after"]["layers"] < record["before"]["layers"]:
+        gone = sorted(set(range(record["before"]["layers"])) - set(record["layers"]))
+        lines.append(f"{'removed blocks':<16} {', '.join(map(str, gone))}")
+    if record["errors"]:
+        pairs = list(record["errors"].values())
+        first, last = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
+        lines.append(f"{'missed power':<16} {first:.1%} -> {last:.1%} by fitting, mean over {len(pairs)} linears")
+    return "\n".join(lines) + "\n"

@@ -249,6 +249,38 @@ class Block:
             handle.remove()
         return found
 
+    def watch(
+        self, linears: Sequence[BlockLinear], hidden: torch.Tensor | None = None
+    ) -> tuple[dict[str, FloatArray], torch.Tensor]:
+        """Run the block once; return what linears read, float32 ``[tokens, K]`` by name, and the block's outputs.
+
+        ``hidden`` is what the block reads, its own inputs by default.
+        """
+        states = self.hidden if hidden is None else hidden
+        length, result, place = states.shape[1], torch.empty_like(states), threading.local()
+        found = {
+            item.name: np.empty((states.shape[0] * length, item.linear.in_features), np.float32) for item in linears
+        }
+
+        def note(item: BlockLinear) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+                seen = given[0].flatten(0, -2)[:, : item.linear.in_features]
+                found[item.name][place.rows.start * length : place.rows.stop * length] = seen.numpy()
+
+            return hook
+
+        def run(rows: slice) -> None:
+            place.rows = rows
+            result[rows] = self.call(states[rows], rows)
+
+        handles = [item.reader.register_forward_pre_hook(note(item)) for item in linears]
+        try:
+            self._workers.map(run, chunks(states))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found, result
+
 
 def statistics(name: str, inputs: FloatArray, workers: Workers, weights: FloatArray | None = None) -> InputStatistics:
     """Return the statistics of a linear's inputs ``[tokens, K]``.

@@ -119,9 +119,7 @@ def calibrate(
         texts.unlink()
     losses: dict[str, float] = response["results"][0]["losses"]
     kept = sorted(name for name, loss in losses.items() if not loss <= (asked.max_layer_loss or 0))
-    smoothing = _changes(
-        encoder, statistics, asked.smoothing == "calibrated", static.keys() - set(kept)
-    )
+    smoothing = _changes(encoder, statistics, asked.smoothing == "calibrated", static.keys() - set(kept))
     arrays = {name: (str(array.dtype), array.shape) for name, array in smoothing.constants.items()}
     final = make_plan(smoothing.structure, profile, checkpoint, constants=arrays, keep_float=kept)
     record = {

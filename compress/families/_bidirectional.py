@@ -259,9 +259,7 @@ class BidirectionalFamily:
         removed = shape.hidden - shape.mixed
         build.linear(_packed(parts), parts, "qkv", 3 * shape.mixed, shape.hidden, index, spare=removed)
         output = f"{block}.{names.attention_output}"
-        build.linear(
-            output, (output,), "attention_output", shape.hidden, shape.mixed, index, narrowed=removed > 0
-        )
+        build.linear(output, (output,), "attention_output", shape.hidden, shape.mixed, index, narrowed=removed > 0)
         build.norm(f"{block}.{names.attention_norm}", shape.hidden)
         build.single(f"{block}.{names.up}", "up", shape.inner, shape.hidden, index)
         build.single(f"{block}.{names.down}", "down", shape.hidden, shape.inner, index)

@@ -123,7 +123,9 @@ def _check_stack(
         shape = tuple(reversed(info.shape)) if piece.transposed else info.shape
         stop = shape[0] if piece.stop is None else piece.stop
         expected_rank = 1 if columns is None else 2
-        wide = columns is not None and len(shape) == 2 and (shape[1] < columns if piece.columns else shape[1] != columns)
+        wide = (
+            columns is not None and len(shape) == 2 and (shape[1] < columns if piece.columns else shape[1] != columns)
+        )
         if len(shape) != expected_rank or stop > shape[0] or wide:
             wanted = f"[{stop}+, {columns}]" if columns is not None else f"[{stop}+]"
             raise _disagree(piece.tensor, info.shape, f"{wanted}{' transposed' if piece.transposed else ''}")

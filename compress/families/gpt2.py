@@ -83,7 +83,9 @@ class Gpt2:
             ),
             # onnxruntime-genai's own "gpt2" type wants one combined past tensor; "decoder" is its generic type.
             genai_type="decoder",
-            folds=tuple(fold for index in range(layers) for fold in _folds(f"transformer.h.{index}", hidden // heads * kept)),
+            folds=tuple(
+                fold for index in range(layers) for fold in _folds(f"transformer.h.{index}", hidden // heads * kept)
+            ),
         )
         return check_shapes(decoder, tensors)
 

@@ -2,8 +2,8 @@
 
 A channel's share of the outputs' power is ``|W[:, k]|^2 E[x_k^2]``; a unit's is the sum over its channels.
 
-Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, whose score of
-a single weight is ``|W[n, k]| sqrt(E[x_k^2])``; An et al., "Fluctuation-based Adaptive Structured Pruning", arXiv
+Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, whose score
+of a single weight is ``|W[n, k]| sqrt(E[x_k^2])``; An et al., "Fluctuation-based Adaptive Structured Pruning", arXiv
 2312.11983, for whole channels.
 """
 

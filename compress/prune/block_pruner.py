@@ -23,6 +23,10 @@ from compress.prune.cuts import Kept, head_channels
 from compress.prune.refit import moments, refit, refit_moments
 
 
+#: Tokens that one thread multiplies at a time.
+_ROWS = 1024
+
+
 @dataclass(frozen=True)
 class Pruned:
     """What was done to a block.
@@ -74,42 +78,64 @@ class BlockPruner:
 
     # ------------------------------------------------------------------------------------------------ two streams
 
-    def follow(self, block: Block, stream: torch.Tensor, outputs: torch.Tensor) -> Pruned:
-        """Prune a block that reads ``stream`` in the pruned model; ``outputs`` are the source's.
+    def follow(self, block: Block, stream: torch.Tensor) -> tuple[Pruned, torch.Tensor, torch.Tensor]:
+        """Prune a block that reads ``stream`` in the pruned model.
 
         The block's own inputs are the source's. It computes as pruned from then on.
+
+        Returns:
+            What was done, the source's outputs, and the pruned block's.
         """
         parts = _Parts(block)
-        attended, wanted = self._source(block, parts, outputs)
-        inputs = block.inputs(parts.attention, stream)
-        before = _flat(stream)
+        attended, wanted, outputs = self._source(block, parts)
+        inputs, before = block.inputs(parts.attention, stream), _flat(stream)
         counts = self._counts(attended)
         kept = self._heads(block, inputs if self._pruner.reads_text else None, counts)
-        channels = self._head_channels(kept)
         errors: dict[str, tuple[float, float]] = {}
-        self._settle(parts.attention, inputs, attended - before, channels, counts, errors)
+        attended -= before
+        self._settle(parts.attention, inputs, attended, self._head_channels(kept), counts, errors)
         del attended
-        mixed = self._residual(block, parts, stream, before + _outputs(parts.attention, inputs))
-        del inputs, before
-        inputs = block.inputs(parts.down, stream)
+        mixed = before + self._outputs(parts.attention, inputs)
+        del inputs
+        seen, after = block.watch(parts.read(self._normed), stream)
+        mixed = seen.pop(parts.up.name) if self._normed else mixed
+        inputs = seen.pop(parts.down.name)
         counts = self._counts(wanted)
         neurons = self._neurons(block, inputs if self._pruner.reads_text else None, counts)
         wanted -= mixed
         self._settle(parts.down, inputs, wanted, neurons, counts, errors)
+        if self._normed:
+            after = block.outputs(stream)
+        else:
+            after.flatten(0, -2).copy_(torch.from_numpy(mixed + self._outputs(parts.down, inputs)))
         changed = (parts.attention.name, parts.down.name) if self._fit else ()
-        return Pruned(replace(kept, neurons=neurons), changed, errors)
+        return Pruned(replace(kept, neurons=neurons), changed, errors), outputs, after
 
-    def _source(self, block: Block, parts: _Parts, outputs: torch.Tensor) -> tuple[FloatArray, FloatArray]:
-        """Return the source's residual stream after attention and after the feed-forward, before any norm."""
-        attended = _flat(block.hidden) + _outputs(parts.attention, block.inputs(parts.attention))
-        if not isinstance(self.structure, Encoder):
-            return attended, _flat(outputs).copy()
-        mixed = self._residual(block, parts, block.hidden, attended)
-        return attended, mixed + _outputs(parts.down, block.inputs(parts.down))
+    def _source(self, block: Block, parts: _Parts) -> tuple[FloatArray, FloatArray, torch.Tensor]:
+        """Return the source's residual stream after attention and after the feed-forward, before any norm; its outputs."""
+        seen, outputs = block.watch((parts.attention, *(parts.read(True) if self._normed else ())))
+        attended = _flat(block.hidden) + self._outputs(parts.attention, seen[parts.attention.name])
+        if not self._normed:
+            return attended, _flat(outputs).copy(), outputs
+        return attended, seen[parts.up.name] + self._outputs(parts.down, seen[parts.down.name]), outputs
 
-    def _residual(self, block: Block, parts: _Parts, stream: torch.Tensor, attended: FloatArray) -> FloatArray:
-        """Return what the feed-forward adds to: in encoders the normed sum that it reads, in decoders the sum itself."""
-        return block.inputs(parts.up, stream) if isinstance(self.structure, Encoder) else attended
+    @property
+    def _normed(self) -> bool:
+        """Return whether the feed-forward adds to the normed sum that it reads, as encoders' do, not to the sum itself."""
+        return isinstance(self.structure, Encoder)
+
+    def _outputs(self, linear: BlockLinear, inputs: FloatArray) -> FloatArray:
+        """Return what a linear gives, float32 ``[tokens, N]``, some tokens a thread."""
+        weight, bias = linear.weight().T, linear.bias()
+        result = np.empty((len(inputs), weight.shape[1]), np.float32)
+
+        def run(start: int) -> None:
+            np.matmul(inputs[start : start + _ROWS], weight, out=result[start : start + _ROWS])
+
+        self._workers.map(run, range(0, len(inputs), _ROWS))
+        if bias is not None:
+            result += bias
+        return result
 
     def _counts(self, stream: FloatArray) -> FloatArray:
         assert self._real is not None
@@ -232,16 +258,14 @@ class _Parts:
         self.up: BlockLinear = roles.get("gate_up") or roles["up"]
         self.down: BlockLinear = roles["down"]
 
+    def read(self, normed: bool) -> tuple[BlockLinear, ...]:
+        """Return the linears whose inputs the feed-forward's fit needs."""
+        return (self.up, self.down) if normed else (self.down,)
+
 
 def _flat(states: torch.Tensor) -> FloatArray:
     flat: FloatArray = states.flatten(0, -2).numpy()
     return flat
-
-
-def _outputs(linear: BlockLinear, inputs: FloatArray) -> FloatArray:
-    bias = linear.bias()
-    product: FloatArray = inputs @ linear.weight().T
-    return product if bias is None else product + bias
 
 
 def _remaining(units: Units, gone: IntArray) -> IntArray:

@@ -1,8 +1,8 @@
 """From what is kept to what becomes of every checkpoint tensor: rows and columns, by the structure alone.
 
-Requires a :class:`~compress.contracts.Structure` and, for every block, the neurons and heads that stay; ensures for each
-tensor the rows and columns of the pruned checkpoint, in the tensor's own orientation. No family appears here: a linear's
-role says which of its rows and columns are neurons, and which are heads.
+Requires a :class:`~compress.contracts.Structure` and, for every block, the neurons and heads that stay; ensures for
+each tensor the rows and columns of the pruned checkpoint, in the tensor's own orientation. No family appears here: a
+linear's role says which of its rows and columns are neurons, and which are heads.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ def _columns(structure: Structure, linear: Linear, kept: Kept) -> IntArray | Non
     return None
 
 
-def _cut_rows(
-    cuts: dict[str, Cut], pieces: Sequence[Slice], rows: Sequence[IntArray], total: int, zeros: bool
-) -> None:
+def _cut_rows(cuts: dict[str, Cut], pieces: Sequence[Slice], rows: Sequence[IntArray], total: int, zeros: bool) -> None:
     """Add what becomes of the tensors that a linear's rows are stacked from."""
     found: dict[str, _Index] = {}
     below = 0

@@ -1,6 +1,7 @@
 """Removes the units of least weight: squares of everything that is coupled to a unit, summed, without any text.
 
-Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, for a unit's producers and reader at once.
+Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv 1608.08710, for a unit's producers and reader at
+once.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ that are left ``[T, K]``, Y what is wanted of the linear ``[T, N]``, W its weigh
 
     D = R^T C X (X^T C X + lambda I)^-1,    R = Y - X W^T
 
-``lambda`` is a share of the mean of the diagonal of ``X^T C X``, the one of :data:`SHARES` that predicts tokens best which
-it was not fitted on. A bias is fitted with it where there is one, by taking means away first.
+``lambda`` is a share of the mean of the diagonal of ``X^T C X``, the one of :data:`SHARES` that predicts tokens best
+which it was not fitted on. A bias is fitted with it where there is one, by taking means away first.
 
 Source: Hoerl and Kennard, "Ridge Regression", Technometrics 12 (1970); for pruned channels, He et al., "Channel Pruning
 for Accelerating Very Deep Neural Networks", arXiv 1707.06168.
@@ -131,9 +131,7 @@ def moments(inputs: FloatArray, counts: FloatArray, run: Map) -> FloatArray:
     return found.astype(np.float32)
 
 
-def _products(
-    inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map
-) -> tuple[Doubles, Doubles]:
+def _products(inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map) -> tuple[Doubles, Doubles]:
     """Return ``X^T C X`` and ``X^T C R``; each band of rows is one thread's, so that sums have one order."""
     rows = np.flatnonzero(counts)
     columns, outputs = inputs.shape[1], 0 if residual is None else residual.shape[1]

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from compress.contracts import KEPT_HEADS, Checkpoint, PrunableFamily, SizeKeys, Structure
 from compress.errors import UnsupportedModelError, UsageError
 from compress.families import load_family
@@ -200,5 +199,3 @@ def copy_sidecars(checkpoint: Checkpoint, directory: Path) -> None:
     for name, path in checkpoint.sidecars().items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
-
-

@@ -49,7 +49,9 @@ class Surgeon:
             scores[~quota.open(state.units)] = np.inf
             most = max(1, len(state.units) // _AT_ONCE) if units.size == 1 else 1
             places = np.argsort(scores, kind="stable")[: min(most, count - len(order))]
-            taken = np.array([place for place in places if np.isfinite(scores[place]) and quota.take(int(state.units[place]))])
+            taken = np.array(
+                [place for place in places if np.isfinite(scores[place]) and quota.take(int(state.units[place]))]
+            )
             order += state.units[taken].tolist()
             lost = state.eliminate(taken)
             losses += [losses[-1] + lost * (index + 1) / len(taken) for index in range(len(taken))]

@@ -18,8 +18,8 @@ from compress.validate.artifact import Artifact
 from compress.validate.encoded import pack
 from compress.validate.pieces import cut, tokenize
 
-#: Tokens an encoder's text has at most, special ones included.
-LONGEST = 128
+#: Tokens an encoder's text has at most, special ones included: most pieces are shorter, and all are padded to it.
+LONGEST = 64
 #: Fewer are mostly chance: a fit has thousands of unknowns.
 MINIMUM_TOKENS = 2048
 
@@ -107,10 +107,18 @@ def _encoder_texts(
             where=content.name,
             hint="use a longer text, or leave --calibration-text out",
         )
-    encoded = pack([t.ids for t in taken], [t.types for t in taken], [[True] * len(t.ids) for t in taken])
+    ids, types = [item.ids for item in taken], [item.types for item in taken]
+    import os
+    share=float(os.environ.get("RND","0"))
+    if share:
+        gen=np.random.default_rng(0)
+        frame=[a for a,b in zip(ids[0],taken[0].special,strict=True) if b]
+        extra=int(len(ids)*share)
+        for k in range(extra):
+            n=max(3,len(ids[k])-len(frame))
+            ids.append([*frame[:1],*[int(x) for x in gen.integers(0,encoder.vocab_size,n)],*frame[1:]]); types.append([0]*len(ids[-1]))
+    encoded = pack(ids, types, [[True] * len(item) for item in ids])
     path = work / ".pruning-texts.npz"
     encoded.save(path)
     record = {"source": "text", "name": content.name, "sha256": content.sha256, "tokens": total, "texts": len(taken)}
     return PruningText(path, record)
-
-

@@ -1,9 +1,10 @@
 """The worker that prunes a checkpoint: ``python -m compress.prune.worker``.
 
-Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (decoders: ``.npy``
-int64 ``[windows, length]``; encoders: ``.npz`` of :class:`compress.validate.encoded.Encoded`; null: no text is read),
-``amounts`` {inner, heads, kv_heads, layers}, ``algorithm``, ``depth`` (an algorithm's name), ``fit`` (bool), ``seed``,
-``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers`` (threads), ``memory_cap``.
+Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (decoders:
+``.npy`` int64 ``[windows, length]``; encoders: ``.npz`` of :class:`compress.validate.encoded.Encoded`; null: no text
+is read), ``amounts`` {inner, heads, kv_heads, layers}, ``algorithm``, ``depth`` (an algorithm's name), ``fit``
+(bool), ``seed``, ``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers``
+(threads), ``memory_cap``.
 
 It writes the weights files into ``output`` and answers ``layers`` [blocks that stay], ``zeros`` [tensors in which
 removed heads are left as zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
@@ -36,6 +37,7 @@ from compress.prune.block_pruner import BlockPruner, Pruned
 from compress.prune.checkpoint import Stored, WeightsWriter, stored_type
 from compress.prune.cuts import Cut, Kept, block_cuts, renumbered, vocabulary_cuts
 from compress.prune.encoder_blocks import EncoderBlocks
+from compress.prune.estimate import STATE_TOKENS
 from compress.quantize.finite import first_nonfinite
 from compress.validate.encoded import Batch, Encoded, padded_batch
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
@@ -43,8 +45,6 @@ from compress.validate.streaming import Call, StreamedModel
 
 #: Buffers to keep, as in calibration.
 _KEPT_BYTES = 32 << 20
-#: Tokens whose hidden states are kept of every block, to choose the blocks that go.
-STATE_TOKENS = 512
 _INTEGERS = ("I", "U", "BOOL")
 
 Progress = Callable[[float], None]
@@ -193,15 +193,14 @@ class Pruning:
 
         def visit(index: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
             block = self._block(index, layer, call, hidden)
-            outputs = block.outputs()
             if not stream:
                 stream.append(hidden)
-            if index in stay:
-                pruned = self.pruner.follow(block, stream[0], outputs)
-                stream[0] = block.outputs(stream[0])
-                self._require_finite(index, stream[0])
-                self._cut(index, pruned)
-                self._write_changed(block, pruned)
+            if index not in stay:
+                return block.outputs()
+            pruned, outputs, stream[0] = self.pruner.follow(block, stream[0])
+            self._require_finite(index, stream[0])
+            self._cut(index, pruned)
+            self._write_changed(block, pruned)
             return outputs
 
         self.model.visit_blocks(self.batch, visit, progress)

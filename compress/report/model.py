@@ -370,6 +370,34 @@ AnySpeed = Annotated[
 ]
 
 
+class ChainStep(_Strict):
+    """A step of source -> pruned -> quantized.
+
+    ``bytes``: of the source's weights, the pruned checkpoint's, the artifact. ``size_factor`` and ``speed_factor``: how
+    much smaller and faster than the step before. ``speedup_vs_source``: beside the source's float ONNX graph in the
+    same run. ``drift``: from the source.
+    """
+
+    step: Literal["source", "pruned", "quantized"]
+    bytes: int
+    size_factor: float | None = None
+    speedup_vs_source: float | None = None
+    speed_factor: float | None = None
+    drift: AnyDrift | None = None
+
+
+class Pruning(_Strict):
+    """What was removed before quantization: sizes ``before`` and ``after``, the blocks that stayed, how, and the chain."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+    layers: tuple[int, ...]
+    algorithm: str
+    depth: str | None = None
+    recover: str
+    chain: tuple[ChainStep, ...] = ()
+
+
 #: Share of the evaluation text that chance, quotations and boilerplate account for.
 HARMLESS_OVERLAP = 0.01
 
@@ -415,5 +443,6 @@ class Report(_Strict):
     fusions: dict[str, int] = Field(default_factory=dict)
     allocation: Allocation | None = None
     calibration: Calibration | None = None
+    pruning: Pruning | None = None
     stages: tuple[Stage, ...] = ()
     environment: Environment

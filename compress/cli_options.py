@@ -1,0 +1,76 @@
+"""Options that several commands share, and what they make of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from compress.pipeline import ModelReference
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what says which model: an adapter, a revision, a task."""
+    for option in (
+        click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA adapter's directory to merge."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option(
+            "--task",
+            metavar="NAME",
+            help="What the model shall do: embedding, text-classification, token-classification, question-answering, "
+            "fill-mask, text-generation. Default: what its architecture is for.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the profile and its overrides."""
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: quantize.block_size=64."
+        ),
+        click.option("--profile", required=True, metavar="NAME", help="compress profiles lists them; or a .toml file."),
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+calibration_option = click.option(
+    "--calibration-text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text of your domain that a calibrating profile runs the model on; default embedded, disjoint from "
+    "--eval-text's. Encoders: int8 profiles; models that write text: quantize.effort balanced or max.",
+)
+labels_option = click.option(
+    "--eval-labels",
+    type=click.Path(path_type=Path),
+    help="Labelled examples, one JSON object a line: measures the task's accuracy before and after (encoders).",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
+)
+
+
+def reference_to(model: str, adapter: Path | None, revision: str | None, task: str | None) -> ModelReference:
+    """Return what the user named."""
+    from compress.pipeline import ModelReference
+
+    return ModelReference(model, adapter=adapter, revision=revision, task=task)
+
+
+def print_json(document: Any) -> None:
+    """Print the one document of ``--json``."""
+    click.echo(json.dumps(document, indent=2, sort_keys=True, allow_nan=False))
+
+
+def short_name(model: str) -> str:
+    """Return a directory name for a model reference."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"
