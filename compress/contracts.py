@@ -682,3 +682,34 @@ class StaticallyChecked(Protocol):
         Its keys are ``provider``, ``nodes_total``, ``nodes_on_provider``, ``fallback_nodes``.
         """
         ...
+
+
+# -------------------------------------------------------------------------------------------------------- sparsify
+
+
+class Sparsifier(Protocol):
+    """An algorithm that sets single weights to zero and leaves every shape as it was.
+
+    For runtimes with kernels for that; ONNX Runtime has none, there such a model is no faster.
+    """
+
+    name: str
+
+    def sparsify(
+        self, weight: FloatArray, sparsity: float, pattern: tuple[int, int] | None, moments: FloatArray
+    ) -> FloatArray:
+        """Return the weight float32 ``[N, K]`` with zeros in it; the others may have been changed to make up for them.
+
+        Args:
+            weight: float32 ``[N, K]``, finite; all rows of the linear.
+            sparsity: Part of the weights to set to zero, 0 to below 1.
+            pattern: ``(n, m)``: of m neighbours in a row, counted from its start, n stay. ``sparsity`` is then
+                ``1 - n / m``. ``None``: anywhere.
+            moments: float32 ``[K, K]``: second moments of the inputs up to a factor.
+
+        Raises:
+            UsageError: Sparsity and pattern contradict each other, leave nothing, or do not fit K.
+            CompressError: The weight or the moments are not finite, or no moments.
+            ValueError: Shapes or types do not fit.
+        """
+        ...

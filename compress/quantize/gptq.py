@@ -63,10 +63,13 @@ class Feedback:
         order: int ``[K]``: columns in the order that they are rounded in, those with the largest moments first.
         gains: float32 ``[K, K]``, by position in that order: ``gains[j, k]``, ``j < k``, times column j's error is what
             column k makes up for. The rest of the array means nothing.
+        pivots: float32 ``[K]``, by position: ``R[k, k]``; its square times a squared change of column k is what that
+            change costs when the columns after it make up for it.
     """
 
     order: npt.NDArray[np.intp]
     gains: FloatArray
+    pivots: FloatArray
 
 
 class Gptq:
@@ -206,13 +209,16 @@ def carried(weight: FloatArray, grid: QuantizedRows, scheme: Scheme, factor: Fee
     return result
 
 
-def feedback(moments: FloatArray, damping: float = BLOCK_DAMPING) -> Feedback:
+def feedback(
+    moments: FloatArray, damping: float = BLOCK_DAMPING, order: npt.NDArray[np.intp] | None = None
+) -> Feedback:
     """Return how errors are carried on, and in which order.
 
     Args:
         moments: float32 ``[K, K]``: second moments up to a factor; of rank 0 to K.
         damping: Part of the mean moment (of channels that have any) added to each channel's. Raised tenfold, up to
             :data:`BLOCK_DAMPING_LIMIT`, if that leaves the matrix indefinite, as moments never do.
+        order: int ``[K]``: the order of the columns; without it, those with the largest moments first.
 
     Raises:
         CompressError: A moment is not finite, one on the diagonal is negative, or no damping helps.
@@ -227,7 +233,8 @@ def feedback(moments: FloatArray, damping: float = BLOCK_DAMPING) -> Feedback:
     if diagonal.size and float(diagonal.min()) < 0:
         worst = int(np.argmin(diagonal))
         raise CompressError(f"moments[{worst}, {worst}] is {diagonal[worst]}: a mean of squares cannot be negative")
-    order = np.argsort(-diagonal, kind="stable")
+    if order is None:
+        order = np.argsort(-diagonal, kind="stable")
     while True:
         # Last first: the lower factor of the reversed matrix, reversed, is the upper one.
         lower = _damped(moments, order[::-1], damping)
@@ -241,10 +248,11 @@ def feedback(moments: FloatArray, damping: float = BLOCK_DAMPING) -> Feedback:
                     hint="they must be a mean of x x^T; calibrate again",
                 ) from None
             damping = min(damping * 10, BLOCK_DAMPING_LIMIT)
-    lower /= np.diagonal(lower).copy()
+    pivots = np.diagonal(lower).copy()
+    lower /= pivots
     gains = np.empty(lower.shape, np.float32)
     gains[...] = lower[::-1, ::-1]
-    return Feedback(order, gains)
+    return Feedback(order, gains, pivots[::-1].astype(np.float32))
 
 
 def _damped(moments: FloatArray, order: npt.NDArray[np.intp], damping: float) -> DoubleArray:

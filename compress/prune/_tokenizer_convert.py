@@ -1,0 +1,68 @@
+"""Make a ``tokenizer.json`` of older files (``vocab.txt``, ``tokenizer.model`` ...), in a process of its own.
+
+transformers imports torch to do this. So it is run as ``python -m compress.prune._tokenizer_convert DIRECTORY OUTPUT``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.errors import SourceError
+from compress.prune._tokenizer_json import TOKENIZER_NAME
+
+TIMEOUT_SECONDS = 300
+
+
+@contextmanager
+def with_tokenizer_json(directory: Path) -> Iterator[Path]:
+    """Give a directory whose tokenizer files include ``tokenizer.json``: this one, or a temporary one.
+
+    Raises:
+        SourceError: There is none, and transformers cannot make one.
+    """
+    if (directory / TOKENIZER_NAME).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="compress-tokenizer-") as made:
+        output = Path(made)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", __name__, str(directory.resolve()), str(output)]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise SourceError("reading the tokenizer took longer than 5 minutes", where=directory.name) from error
+        if done.returncode != 0 or not (output / TOKENIZER_NAME).is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise SourceError(
+                f"a vocabulary can only be trimmed with a {TOKENIZER_NAME}, and none can be made: {lines[-1][:300]}",
+                where=directory.name,
+                hint="load the tokenizer with transformers where it works, save it, and use those files",
+            )
+        yield output
+
+
+def _convert(directory: Path, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    tokenizer.save_pretrained(str(output))
+    path = output / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that versions before 5 do not know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for local in ("is_local", "local_files_only", "name_or_path"):
+        config.pop(local, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
