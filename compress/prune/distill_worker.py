@@ -26,12 +26,15 @@ import numpy as np
 import torch
 
 from compress.calibrate.blocks import Workers
+from compress.families import load_family
+from compress.prune.distill_memory import predict_bytes, require_memory
 from compress.prune.lessons import DecoderLesson, EncoderLesson, Lesson
 from compress.prune.schedule import Course
 from compress.prune.state import State, digest_of
-from compress.prune.student import Student, write_weights
+from compress.prune.student import PIECE_TOKENS, Student, write_weights
 from compress.source import OpenCheckpoint, open_checkpoint
 from compress.source.sentence_transformers import Pooling
+from compress.tasks import task_of
 from compress.validate.encoded import Encoded
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 
@@ -74,6 +77,7 @@ def _distill(
     if request["state"] is not None:
         state = State(Path(request["state"]), digest_of(request, teacher, student))
         state.check()
+    _check_memory(request, student)
     lesson = _lesson(request, job, teacher, student, workers)
     course = Course(int(request["steps"]), float(request["rate"]))
     learner = Student(lesson, student, request, course, workers)
@@ -89,6 +93,30 @@ def _distill(
         "after": learner.after,
         "history": learner.history,
     }
+
+
+def _check_memory(request: Json, student: OpenCheckpoint) -> None:
+    structure = load_family(student.config).describe(student.config, student.tensors())
+    weights = sum(int(np.prod(info.shape, dtype=np.int64)) for info in student.tensors().values())
+    if request.get("windows") is not None:
+        windows = np.load(request["windows"], mmap_mode="r")
+        targets, longest = structure.hidden_size * (structure.vocab_size + windows.size), windows.shape[1]
+        logits = 0
+    else:
+        texts, task = Encoded.load(request["texts"]), task_of(student.config).name
+        longest = int(texts.lengths.max())
+        words = structure.vocab_size if task == "fill-mask" else 0
+        targets = 2 * (texts.rows(task) * words if words else len(texts.ids) * structure.hidden_size)
+        logits = max(longest, PIECE_TOKENS) * words
+    needed = predict_bytes(
+        structure,
+        weights,
+        targets=targets,
+        tokens=max(longest, PIECE_TOKENS),
+        threads=int(request["workers"]),
+        logits=logits,
+    )
+    require_memory(needed, request["memory_cap"])
 
 
 def _lesson(request: Json, job: Path, teacher: OpenCheckpoint, student: OpenCheckpoint, workers: Workers) -> Lesson:

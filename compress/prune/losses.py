@@ -25,7 +25,7 @@ class _HeadDivergence(torch.autograd.Function):
         """Return ``[B]``; see :func:`head_divergence`."""
         head, taught, teacher_head = given
         sequences, length, width = hidden.shape
-        states, teacher = hidden.reshape(-1, width), taught.reshape(-1, width)
+        states, teacher = hidden.reshape(-1, width), taught.reshape(-1, taught.shape[-1])
         gradient = torch.empty_like(states)
         values = torch.empty(len(states), dtype=hidden.dtype)
         step = max(1, LOGITS_BYTES // (hidden.element_size() * len(head)))

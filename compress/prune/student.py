@@ -12,7 +12,7 @@ import torch
 
 from compress.calibrate.blocks import Workers
 from compress.contracts import Checkpoint
-from compress.errors import CompressError, SourceError
+from compress.errors import CompressError, SourceError, UsageError
 from compress.prune.adam import Adam
 from compress.prune.lessons import IntArray, Lesson, Replicas
 from compress.prune.schedule import Course, batch, split
@@ -46,6 +46,9 @@ class Student:
         self.split = split(len(lesson.lengths), self._seed)
         self.places = places(lesson.model, checkpoint)
         self._learning = self._find_learning()
+        unknown = next((name for name in request["frozen_zeros"] if name not in checkpoint.tensors()), None)
+        if unknown is not None:
+            raise UsageError(f"the student has no tensor {unknown!r} whose zeros could stay")
         weights = {name: parameter.data for name, parameter in self._learning.items()}
         frozen = {
             name: weight == 0
