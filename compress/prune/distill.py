@@ -27,7 +27,7 @@ MINIMUM_SEQUENCES = 16
 #: Tokens of a decoder's step, and texts of an encoder's.
 STEP_TOKENS, STEP_TEXTS = 2048, 32
 #: Learning rates, measured on SmolLM2-135M and all-MiniLM-L6-v2.
-DECODER_RATE, ENCODER_RATE = 2e-4, 3e-4
+DECODER_RATE, ENCODER_RATE = 2e-4, 1e-3
 
 Stopped = Literal["plateau", "steps"]
 Texts = npt.NDArray[np.int64] | Encoded
@@ -45,6 +45,7 @@ class Distilled:
         history: Held-out losses: (steps done, loss).
         seconds: How long it took, the part before an interruption left out.
         peak_rss_bytes: Of the worker.
+        predicted_bytes: What was predicted for it.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Distilled:
     history: tuple[tuple[int, float], ...]
     seconds: float
     peak_rss_bytes: int
+    predicted_bytes: int
 
     @property
     def improved(self) -> bool:
@@ -147,4 +149,5 @@ def distill(
         tuple((int(step), float(loss)) for step, loss in found["history"]),
         found["seconds"],
         response["peak_rss_bytes"],
+        found["predicted_bytes"],
     )

@@ -16,6 +16,8 @@ _LIBRARIES = 450_000_000
 _FLOAT = 4
 #: What a linear's inputs and outputs stand for: norms, residuals, activation functions and rotations beside them.
 _KEPT = 1.5
+#: Numbers that a pair of tokens leaves in a head.
+_SCORES = 3
 #: Weights, moments (two), best, gradients' sum.
 _SETS = 5
 #: Pieces of logits at once: the student's, the teacher's, what they become.
@@ -23,7 +25,7 @@ _LOGITS = 4
 
 
 def predict_bytes(
-    structure: Structure, weights: int, *, targets: int, tokens: int, threads: int, logits: int = 0
+    structure: Structure, weights: int, *, targets: int, tokens: int, length: int, threads: int, logits: int = 0
 ) -> int:
     """Predict the peak.
 
@@ -32,6 +34,7 @@ def predict_bytes(
         weights: All of its weights.
         targets: Numbers that the teacher leaves: outputs of all texts, a decoder's head.
         tokens: Of the longest piece of a step.
+        length: Of the longest sequence in tokens.
         threads: Threads.
         logits: Numbers of a piece's logits that are kept for the way back; 0 of a decoder, whose head keeps none.
     """
@@ -39,7 +42,8 @@ def predict_bytes(
     learning = sum(linear.in_features * linear.out_features for linear in blocks)
     # ALBERT's one layer of weights is run several times.
     runs = structure.layers / max(1, len({linear.layer for linear in blocks}))
-    kept = _KEPT * runs * tokens * sum(linear.in_features + linear.out_features for linear in blocks)
+    kept = _KEPT * runs * sum(linear.in_features + linear.out_features for linear in blocks)
+    kept = tokens * (kept + _SCORES * structure.layers * structure.heads * length)
     pieces = threads * (learning + int(kept) + _LOGITS * logits)
     numbers = weights + (_SETS - 1) * learning + pieces + targets
     return _LIBRARIES + _FLOAT * numbers + threads * _LOGITS * LOGITS_BYTES * (logits == 0)

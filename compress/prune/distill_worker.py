@@ -5,7 +5,7 @@ directory), ``windows`` (.npy int64 ``[windows, length]``) or ``texts`` (an ``.n
 :class:`~compress.validate.encoded.Encoded`) with ``pooling`` {mode, normalize}, ``frozen_zeros`` [tensors whose zeros
 stay], ``steps``, ``rate``, ``batch`` (sequences a step), ``seed``, ``workers`` (threads), ``memory_cap``, ``output``
 (the weights' file), ``state`` (a file, or null). It answers ``steps``, ``stopped``, ``before``, ``after``, ``history``,
-``seconds``; ``output`` is written only where ``after`` is less than ``before``.
+``seconds``, ``predicted_bytes``; ``output`` is written only where ``after`` is less than ``before``.
 
 Token tables and a decoder's head stay as they are: pruning leaves them alone, a short text shows few of their rows, and
 they are most of a small model. Everything else learns. In memory are the student, its gradients (one set a thread, and
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from compress.calibrate.blocks import Workers
+from compress.contracts import Checkpoint
 from compress.families import load_family
 from compress.prune.distill_memory import predict_bytes, require_memory
 from compress.prune.lessons import DecoderLesson, EncoderLesson, Lesson
@@ -77,7 +78,8 @@ def _distill(
     if request["state"] is not None:
         state = State(Path(request["state"]), digest_of(request, teacher, student))
         state.check()
-    _check_memory(request, student)
+    predicted = predicted_bytes(request, student)
+    require_memory(predicted, request["memory_cap"])
     lesson = _lesson(request, job, teacher, student, workers)
     course = Course(int(request["steps"]), float(request["rate"]))
     learner = Student(lesson, student, request, course, workers)
@@ -92,10 +94,12 @@ def _distill(
         "before": learner.before,
         "after": learner.after,
         "history": learner.history,
+        "predicted_bytes": predicted,
     }
 
 
-def _check_memory(request: Json, student: OpenCheckpoint) -> None:
+def predicted_bytes(request: Json, student: Checkpoint) -> int:
+    """Predict the peak of a request."""
     structure = load_family(student.config).describe(student.config, student.tensors())
     weights = sum(int(np.prod(info.shape, dtype=np.int64)) for info in student.tensors().values())
     if request.get("windows") is not None:
@@ -108,15 +112,15 @@ def _check_memory(request: Json, student: OpenCheckpoint) -> None:
         words = structure.vocab_size if task == "fill-mask" else 0
         targets = 2 * (texts.rows(task) * words if words else len(texts.ids) * structure.hidden_size)
         logits = max(longest, PIECE_TOKENS) * words
-    needed = predict_bytes(
+    return predict_bytes(
         structure,
         weights,
         targets=targets,
         tokens=max(longest, PIECE_TOKENS),
+        length=longest,
         threads=int(request["workers"]),
         logits=logits,
     )
-    require_memory(needed, request["memory_cap"])
 
 
 def _lesson(request: Json, job: Path, teacher: OpenCheckpoint, student: OpenCheckpoint, workers: Workers) -> Lesson:

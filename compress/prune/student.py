@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Student:
             parameter.requires_grad_(id(parameter) in open_ones)
         with torch.enable_grad():
             loss = self._lesson.losses(model, shortest).sum()
-        reached = torch.autograd.grad(loss, list(open_ones.values()), allow_unused=True)
+        reached: Sequence[torch.Tensor | None] = torch.autograd.grad(loss, list(open_ones.values()), allow_unused=True)
         names = {id(parameter): name for name, parameter in reversed(list(self.places.items()))}
         learning: dict[str, torch.nn.Parameter] = {}
         for parameter, gradient in zip(open_ones.values(), reached, strict=True):
@@ -191,8 +191,8 @@ def write_weights(path: Path, student: Student, checkpoint: Checkpoint) -> None:
 def products_in_bfloat16() -> Iterator[None]:
     """Let matrix products round their inputs to bfloat16 where the processor multiplies those faster (AMX, AVX-512).
 
-    Five to ten times the speed here; sums, weights, moments and everything between products stay float32. For steps
-    alone: the teacher's outputs and held-out losses are made in float32.
+    SmolLM2-135M's steps took 0.6 of the time, MiniLM's 0.9. Sums, weights, moments and everything between products stay
+    float32. For steps alone: the teacher's outputs and held-out losses are made in float32.
     """
     backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision

@@ -102,10 +102,10 @@ def unpadded_batches(encoded: Encoded, size: int) -> Iterator[Batch]:
             yield batch_of(encoded, texts[first : first + size], 0)
 
 
-def batch_of(encoded: Encoded, texts: IntArray, pad_id: int) -> Batch:
-    """Return the texts with these indices, padded to the longest of them."""
+def batch_of(encoded: Encoded, texts: IntArray, pad_id: int, length: int | None = None) -> Batch:
+    """Return the texts with these indices, padded to ``length`` tokens; by default to the longest of them."""
     lengths = encoded.lengths[texts]
-    shape = (len(texts), int(lengths.max()))
+    shape = (len(texts), int(lengths.max()) if length is None else length)
     real = np.arange(shape[1]) < lengths[:, None]
     ids, types, keep = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
     for row, (start, length) in enumerate(zip(encoded.starts[texts], lengths, strict=True)):

@@ -15,6 +15,7 @@ from students import WEIGHTS, in_process, make_student, run, some_texts, some_wi
 from compress.errors import CompressError, ResourceError, UsageError
 from compress.prune import student as learning
 from compress.source.sentence_transformers import Pooling
+from compress.validate.protocol import run_worker
 from tiny_models import save_tiny_model
 
 Get = Callable[[str], Path]
@@ -114,6 +115,17 @@ def test_bytes_depend_on_the_seed_and_not_on_threads(name: str, tiny_model: Get,
         run(tiny_model(name), student, texts, tmp_path / label, steps=8, **changes)
         results[label] = (tmp_path / label).read_bytes()
     assert results["one"] == results["again"] == results["two"] != results["seed"]
+
+
+def test_the_worker_gives_the_same_bytes_in_the_memory_predicted(
+    tiny_model: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, windows = make_student(tiny_model("gpt2"), tmp_path / "student"), some_windows()
+    run(tiny_model("gpt2"), student, windows, tmp_path / "here", steps=5)
+    monkeypatch.setattr("compress.prune.distill.run_worker", run_worker)
+    found = run(tiny_model("gpt2"), student, windows, tmp_path / "worker", steps=5, threads=2)
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "worker").read_bytes()
+    assert 0.75 < found.peak_rss_bytes / found.predicted_bytes < 1.25
 
 
 def test_zeros_stay_zeros(tiny_model: Get, tmp_path: Path) -> None:
