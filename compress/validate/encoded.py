@@ -91,7 +91,7 @@ class Batch:
 def padded_batches(encoded: Encoded, size: int, pad_id: int) -> Iterator[Batch]:
     """Yield the texts in their order, ``size`` at a time."""
     for first in range(0, len(encoded), size):
-        yield _batch(encoded, np.arange(first, min(first + size, len(encoded))), pad_id)
+        yield batch_of(encoded, np.arange(first, min(first + size, len(encoded))), pad_id)
 
 
 def unpadded_batches(encoded: Encoded, size: int) -> Iterator[Batch]:
@@ -99,12 +99,13 @@ def unpadded_batches(encoded: Encoded, size: int) -> Iterator[Batch]:
     for length in np.unique(encoded.lengths):
         texts = np.flatnonzero(encoded.lengths == length)
         for first in range(0, len(texts), size):
-            yield _batch(encoded, texts[first : first + size], 0)
+            yield batch_of(encoded, texts[first : first + size], 0)
 
 
-def _batch(encoded: Encoded, texts: IntArray, pad_id: int) -> Batch:
+def batch_of(encoded: Encoded, texts: IntArray, pad_id: int, length: int | None = None) -> Batch:
+    """Return the texts with these indices, padded to ``length`` tokens; by default to the longest of them."""
     lengths = encoded.lengths[texts]
-    shape = (len(texts), int(lengths.max()))
+    shape = (len(texts), int(lengths.max()) if length is None else length)
     real = np.arange(shape[1]) < lengths[:, None]
     ids, types, keep = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
     for row, (start, length) in enumerate(zip(encoded.starts[texts], lengths, strict=True)):

@@ -139,6 +139,17 @@ class StreamedModel:
         del self._decoder.forward
         self._head.weight = _empty(self._head.weight)
 
+    def head(self) -> torch.Tensor:
+        """Return the output head's weight, float32 ``[vocab, hidden]``.
+
+        Raises:
+            UnsupportedModelError: The head does more than multiply by a weight.
+        """
+        if type(self._head) is not torch.nn.Linear or getattr(self._head, "bias", None) is not None:
+            raise UnsupportedModelError("the output head is not a matrix alone", where=self._kind())
+        name = self._tensor_name(f"{self._names[id(self._head)]}.weight", self._tied_name())
+        return torch.from_numpy(self._checkpoint.read(name))
+
     def _streamed(self, layer: torch.nn.Module, index: int, visit: Visit, progress: Any) -> Any:
         """Return a forward that fills ``layer``, lets it be visited, and empties it."""
         run = type(layer).forward
