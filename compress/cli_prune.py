@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from compress.cli_options import json_option, model_options, print_json, reference_to, short_name, threads_option
 
 
-def _amount(name: str, what: str) -> object:
+def _amount(name: str, what: str) -> Callable[[Any], Any]:
     return click.option(
         f"--{name}", type=click.FloatRange(min=0), metavar="AMOUNT", help=f"{what}: a share below 1, or a number."
     )

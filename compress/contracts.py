@@ -335,7 +335,7 @@ class Family(Protocol):
 
 @runtime_checkable
 class PrunableFamily(Family, Protocol):
-    """A family whose parts can be removed: its structure says which tensors they are, this what the config says then."""
+    """A family whose parts can be removed: its structure says which tensors they are, this what its config says."""
 
     sizes: SizeKeys
 
@@ -384,7 +384,7 @@ class Units:
     @property
     def count(self) -> int:
         """Return how many units there are."""
-        return self.weight.shape[1] // self.size
+        return int(self.weight.shape[1]) // self.size
 
 
 @dataclass(frozen=True)
@@ -551,7 +551,11 @@ class LearntBlock(Protocol):
 
     index: int
     layer: Any
-    hidden: Any
+
+    @property
+    def hidden(self) -> Any:  # noqa: ANN401 - torch is not imported here
+        """Return what the block reads."""
+        ...
 
     @property
     def linears(self) -> Sequence[Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from compress import catalog, checks, pooling, resources, weights
+from compress import catalog, checks, pooling, pruning, resources, weights
 from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
@@ -154,8 +154,6 @@ def export(
     with model.open() as checkpoint:
         if not profile.prune.wanted:
             return _export(model, checkpoint, profile, output, options, stages)
-        from compress import pruning
-
         with (
             pruning.pruned(model, checkpoint, profile, output, options, stages) as made,
             made.model.open() as smaller,
@@ -222,6 +220,7 @@ def _export(
         record |= {"task": task, "fusions": dict(built.fired)}
         if made is not None:
             record["pruning"] = dict(made.record)
+            pruning.copy_kept_ids(made, directory)
         if built.calibration is not None:
             record["calibration"] = dict(built.calibration)
         proved = _calibrated(decoding)
@@ -287,7 +286,7 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
 
 
 def _left(checkpoint: Checkpoint, profile: Profile) -> Structure:
-    """Return the structure of what pruning leaves, by the config alone; of a search or a trimmed vocabulary the source's."""
+    """Return what pruning leaves, by the config alone; the source's of a search or a trimmed vocabulary."""
     structure = describe(checkpoint)
     if not any(profile.prune.amounts):
         return structure

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress import chain, checks, pipeline, pooling, resources
+from compress import chain, checks, pipeline, pooling, pruning, resources
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
@@ -48,7 +48,7 @@ def prove(
     provider_names: Sequence[str] = (),
     calibration: calibrated.Calibrated | None = None,
     smaller: chain.Smaller | None = None,
-    pruning: Mapping[str, Any] | None = None,
+    removed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Validate an artifact against its source, write ``report.json`` into it, and return the report.
 
@@ -91,8 +91,8 @@ def prove(
         if smaller is not None:
             source_bytes = make_plan(pipeline.describe(checkpoint), profile, checkpoint).source_bytes
             found = chain.measure(smaller, source_bytes, plan, profile, directory, result, shared, validate)
-        elif pruning is not None:
-            found = chain.again(directory, REPORT_NAME, pruning, result)
+        elif removed is not None:
+            found = chain.again(directory, REPORT_NAME, removed, result)
     before = tuple(
         report.Stage(name=stage.name, seconds=stage.seconds, peak_rss_bytes=stage.peak_rss_bytes)
         for stage in stages.done
@@ -212,8 +212,10 @@ def validate_artifact(
     options = pipeline.ExportOptions(
         eval_text=eval_text, eval_labels=eval_labels, seed=record["seed"], threads=threads or os.cpu_count() or 1
     )
-    with model.open() as checkpoint:
+    with model.open() as checkpoint, contextlib.ExitStack() as stack:
         _check_same(checkpoint, record)
+        if (record.get("pruning") or {}).get("vocabulary"):
+            model = stack.enter_context(pruning.with_kept_tokens(model, checkpoint, artifact, options))
         structure = pipeline.describe(checkpoint)
         checks.check_labels(structure, checkpoint.config, options)
         plan = make_plan(structure, profile, checkpoint)
@@ -228,7 +230,7 @@ def validate_artifact(
             fusions=record.get("fusions", {}),
             provider_names=providers,
             calibration=calibrated.of_manifest(record),
-            pruning=record.get("pruning"),
+            removed=record.get("pruning"),
         )
     passed = made["verdict"]["status"] == "pass"
     manifest.write_manifest(artifact, record, status="accepted" if passed else "rejected")

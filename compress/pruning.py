@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from compress.contracts import Checkpoint
 from compress.errors import ResourceError
 from compress.package import staging
-from compress.prune.run import PruneOptions
 from compress.sizes import format_size
 from compress.source import require_tokenizer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.profile import Profile
     from compress.progress import Stages
     from compress.prune.amounts import Amounts
+    from compress.prune.distill import Distilled
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,22 @@ def prune_to(
     staging.check_output(output)
     with model.open() as checkpoint:
         amounts = _checked(checkpoint, profile, options)
-        with staging.staged(output) as directory:
-            return _write(model, checkpoint, profile, amounts, directory, options, stages).record
+        with (
+            staging.staged(output) as directory,
+            tempfile.TemporaryDirectory(dir=directory.parent, prefix=".trim-") as place,
+        ):
+            done = _write(
+                model,
+                checkpoint,
+                profile,
+                amounts,
+                directory,
+                options,
+                stages,
+                trimmed=Path(place) / "model",
+                state=_state(output),
+            )
+            return done.record
 
 
 @contextmanager
@@ -79,11 +94,52 @@ def pruned(
     try:
         directory = place / "model"
         directory.mkdir()
-        yield _write(model, checkpoint, profile, amounts, directory, options, stages)
+        yield _write(
+            model,
+            checkpoint,
+            profile,
+            amounts,
+            directory,
+            options,
+            stages,
+            trimmed=place / "trimmed",
+            state=_state(output),
+        )
     finally:
         shutil.rmtree(place, ignore_errors=True)
         if made and not any(parent.iterdir()):
             parent.rmdir()
+
+
+def copy_kept_ids(made: PrunedSource, directory: Path) -> None:
+    """Put the list of kept tokens into an artifact, where its vocabulary was trimmed: to be validated again by it."""
+    from compress.prune.run import KEPT_IDS_NAME
+
+    kept = Path(made.model.reference) / KEPT_IDS_NAME
+    if kept.is_file():
+        shutil.copyfile(kept, directory / KEPT_IDS_NAME)
+
+
+@contextmanager
+def with_kept_tokens(
+    model: ModelReference, checkpoint: Checkpoint, artifact: Path, options: ExportOptions
+) -> Iterator[ModelReference]:
+    """Yield the source with the tokens that an artifact kept: what it is compared with.
+
+    Raises:
+        CompressError: The artifact's list of tokens is damaged, or another model's.
+    """
+    from compress.prune import run
+
+    with tempfile.TemporaryDirectory(prefix=".compress-tokens-", dir=artifact.absolute().parent) as place:
+        how = run.PruneOptions(None, options.seed, options.max_memory, options.threads)
+        run.trim_as_before(checkpoint, model.as_request(), artifact / run.KEPT_IDS_NAME, Path(place), how)
+        yield replace(model, reference=place, adapter=None, revision=None, task=model.wanted_task)
+
+
+def _state(output: Path) -> Path:
+    """Return where distillation for this output keeps how far it is: it outlives a kill."""
+    return output.absolute().parent / f".{output.name}.distillation"
 
 
 def _checked(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -> Amounts:
@@ -114,20 +170,57 @@ def _write(
     directory: Path,
     options: ExportOptions,
     stages: Stages,
+    *,
+    trimmed: Path,
+    state: Path,
 ) -> PrunedSource:
-    """Prune into an existing, empty directory."""
-    from compress.prune.run import prune
+    """Trim the vocabulary, remove parts, and distill, as far as each is asked for, into an existing, empty directory.
 
-    how = PruneOptions(options.calibration_text, options.seed, options.max_memory, options.threads)
-    with stages.stage("prune") as meter:
-        done = prune(
-            checkpoint,
-            model.as_request(),
-            profile,
-            amounts,
-            directory,
-            how,
-            lambda fraction: meter(fraction, 1.0),
-        )
+    The source with the trimmed vocabulary goes to ``trimmed``; distillation keeps in ``state`` how far it is.
+    """
+    from compress.prune import run
+
+    how = run.PruneOptions(options.calibration_text, options.seed, options.max_memory, options.threads)
+    reference, opened, vocabulary = model, checkpoint, None
+    with ExitStack() as stack:
+        if profile.prune.vocabulary != "all":
+            trimmed.mkdir()
+            with stages.stage("vocabulary"):
+                vocabulary = run.trim(checkpoint, model.as_request(), profile, trimmed, how)
+            reference = replace(model, reference=str(trimmed), adapter=None, revision=None, task=model.wanted_task)
+            opened = stack.enter_context(reference.open())
+        with stages.stage("prune") as meter:
+            done = run.prune(
+                opened, reference.as_request(), profile, amounts, directory, how, lambda part: meter(part, 1.0)
+            )
+        record = dict(done.record)
+        if vocabulary is not None:
+            shutil.copyfile(trimmed / run.KEPT_IDS_NAME, directory / run.KEPT_IDS_NAME)
+            record["vocabulary"] = dict(vocabulary)
+        if profile.prune.recover == "distill":
+            with stages.stage("distill") as meter:
+                found = run.recover(
+                    reference.as_request(),
+                    opened,
+                    profile,
+                    directory,
+                    how,
+                    tuple(done.record["zeros"]),
+                    state,
+                    lambda part: meter(part, 1.0),
+                )
+            record["distillation"] = _summary(found)
+        record["source"] = {"id": checkpoint.identifier, "kind": checkpoint.kind, "revision": checkpoint.revision}
+        staging.write_file(directory / run.RECORD_NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
     smaller = replace(model, reference=str(directory), adapter=None, revision=None, task=model.wanted_task)
-    return PrunedSource(smaller, model, checkpoint, done.record)
+    return PrunedSource(smaller, reference, checkpoint, record)
+
+
+def _summary(found: Distilled) -> dict[str, Any]:
+    return {
+        "steps": found.steps,
+        "stopped": found.stopped,
+        "before": float(f"{found.before:.5g}"),
+        "after": float(f"{found.after:.5g}"),
+        "history": [[step, float(f"{loss:.5g}")] for step, loss in found.history],
+    }

@@ -1,7 +1,7 @@
 """Structured pruning: parts of a model are removed, so that what is left is an ordinary, smaller model.
 
 An algorithm is one module of this package, found by its name: one that defines ``PRUNER`` chooses neurons and heads,
-one that defines ``DEPTH_PRUNER`` chooses blocks.
+one that defines ``DEPTH_PRUNER`` chooses blocks, one that defines ``SPARSIFIER`` sets single weights to zero.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import pkgutil
 from functools import cache
 from typing import Any, cast
 
-from compress.contracts import DepthPruner, Pruner
+from compress.contracts import DepthPruner, Pruner, Sparsifier
 from compress.errors import UsageError, did_you_mean
 
 
 @cache
 def _found(attribute: str) -> dict[str, Any]:
-    names = (entry.name for entry in pkgutil.iter_modules(__path__) if not entry.name.endswith("worker"))
+    names = (entry.name for entry in pkgutil.iter_modules(__path__) if not entry.name.endswith(("worker", "run")))
     modules = (importlib.import_module(f"{__name__}.{name}") for name in names)
     found = [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
     return {item.name: item for item in sorted(found, key=lambda item: item.name)}
@@ -44,6 +44,15 @@ def load_depth_pruner(name: str) -> DepthPruner:
         UsageError: There is none of that name.
     """
     return cast(DepthPruner, _load(name, "DEPTH_PRUNER"))
+
+
+def load_sparsifier(name: str) -> Sparsifier:
+    """Return the algorithm that sets single weights to zero.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    return cast(Sparsifier, _load(name, "SPARSIFIER"))
 
 
 def _load(name: str, attribute: str) -> Any:

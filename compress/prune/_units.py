@@ -12,7 +12,8 @@ Scores = npt.NDArray[np.float64]
 
 def by_unit(channels: npt.NDArray[np.floating], size: int) -> Scores:
     """Return sums over each unit's channels, float64 ``[units]``, of ``channels`` ``[K]``."""
-    return channels.astype(np.float64).reshape(-1, size).sum(axis=1)
+    found: Scores = channels.astype(np.float64).reshape(-1, size).sum(axis=1)
+    return found
 
 
 def lowest_first(scores: Scores, units: Units, count: int) -> Removal:

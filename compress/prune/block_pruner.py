@@ -17,11 +17,10 @@ import numpy.typing as npt
 import torch
 
 from compress.calibrate.blocks import Block, BlockLinear, Workers
-from compress.contracts import Decoder, Encoder, FloatArray, IntArray, Pruner, Structure, Units
+from compress.contracts import Decoder, Encoder, FloatArray, IntArray, Pruner, Sparsifier, Structure, Units
 from compress.prune.amounts import Amounts
 from compress.prune.cuts import Kept, head_channels
 from compress.prune.refit import moments, refit, refit_moments
-
 
 #: Tokens that one thread multiplies at a time.
 _ROWS = 1024
@@ -112,7 +111,7 @@ class BlockPruner:
         return Pruned(replace(kept, neurons=neurons), changed, errors), outputs, after
 
     def _source(self, block: Block, parts: _Parts) -> tuple[FloatArray, FloatArray, torch.Tensor]:
-        """Return the source's residual stream after attention and after the feed-forward, before any norm; its outputs."""
+        """Return the source's residual stream after attention and after the feed-forward, not normed; its outputs."""
         seen, outputs = block.watch((parts.attention, *(parts.read(True) if self._normed else ())))
         attended = _flat(block.hidden) + self._outputs(parts.attention, seen[parts.attention.name])
         if not self._normed:
@@ -121,7 +120,7 @@ class BlockPruner:
 
     @property
     def _normed(self) -> bool:
-        """Return whether the feed-forward adds to the normed sum that it reads, as encoders' do, not to the sum itself."""
+        """Return whether the feed-forward adds to the normed sum that it reads, as in encoders."""
         return isinstance(self.structure, Encoder)
 
     def _outputs(self, linear: BlockLinear, inputs: FloatArray) -> FloatArray:
@@ -166,6 +165,24 @@ class BlockPruner:
         gone = np.setdiff1d(np.arange(weight.shape[1]), stay)
         weight[:, gone] = 0
         linear.set_weight(weight)
+
+    # --------------------------------------------------------------------------------------------- single weights
+
+    def sparsify(
+        self,
+        block: Block,
+        stream: torch.Tensor,
+        sparsifier: Sparsifier,
+        sparsity: float,
+        pattern: tuple[int, int] | None,
+    ) -> tuple[Pruned, torch.Tensor]:
+        """Set single weights of every linear of a block to zero, one linear after the other; return the new outputs."""
+        assert self._real is not None
+        counts = self._real.astype(np.float32)
+        for linear in block.linears:
+            seen = moments(block.inputs(linear, stream), counts, self._workers.map)
+            linear.set_weight(sparsifier.sparsify(linear.weight(), sparsity, pattern, seen))
+        return Pruned(Kept(), tuple(linear.name for linear in block.linears)), block.outputs(stream)
 
     # ------------------------------------------------------------------------------------- blocks run several times
 

@@ -1,8 +1,9 @@
-"""The pruned checkpoint: safetensors whose space is claimed first, filled tensor by tensor, and a config that says so."""
+"""The pruned checkpoint's weights: safetensors whose space is claimed first, filled tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Return the bytes it takes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_TYPES[self.dtype]).itemsize
+        return math.prod(self.shape) * int(np.dtype(_TYPES[self.dtype]).itemsize)
 
 
 def stored_type(dtype: str) -> str:

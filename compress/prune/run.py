@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from compress import pooling
 from compress.contracts import KEPT_HEADS, Checkpoint, PrunableFamily, SizeKeys, Structure
-from compress.errors import UnsupportedModelError, UsageError
+from compress.errors import CompressError, UnsupportedModelError, UsageError
 from compress.families import load_family
 from compress.package.staging import write_file
 from compress.package.writer import require_space
 from compress.profile import Profile
-from compress.prune import load_depth_pruner, load_pruner, texts
+from compress.prune import load_depth_pruner, load_pruner, load_sparsifier, texts, vocabulary
 from compress.prune.amounts import Amounts, Asked, full, resolve
+from compress.prune.distill import Distilled, distill
+from compress.source.base import TOKENIZER_NAMES
+from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME
 from compress.validate.protocol import run_worker
 
 TIMEOUT_SECONDS = 48 * 3600.0
 RECORD_NAME = "pruning.json"
+#: The ids of the source that a trimmed vocabulary kept, int64: the new id is the place.
+KEPT_IDS_NAME = "kept_ids.npy"
+#: Distillation learns from so many times the tokens that the fit sees.
+_LESSONS = 8
 
 Progress = Callable[[float], None]
 
@@ -71,6 +82,20 @@ def check(checkpoint: Checkpoint, profile: Profile) -> Amounts:
     structure, sizes = prunable(checkpoint)
     load_pruner(asked.pruner)
     load_depth_pruner(asked.depth)
+    load_sparsifier(asked.sparsifier)
+    if asked.sparsity and (any(asked.amounts) or asked.searches):
+        raise UsageError(
+            "single weights are set to zero in a model whose parts stay",
+            where="prune.sparsity",
+            hint="remove parts first: compress prune MODEL -o DIR, then prune DIR by prune.sparsity",
+        )
+    blocks = {linear.layer for linear in structure.linears if linear.layer is not None}
+    if asked.sparsity and len(blocks) < structure.layers:
+        raise UsageError(
+            f"{structure.model_type} runs one block several times; a share of its weights is not chosen for that",
+            where="prune.sparsity",
+            hint="prune its width: --set prune.ffn=0.2",
+        )
     if not asked.wanted:
         raise UsageError("nothing is to be removed", where="prune", hint="--set prune.ffn=0.2, or heads, layers ...")
     amounts = resolve(structure, sizes, Asked(*asked.amounts))
@@ -87,7 +112,12 @@ def reads_text(profile: Profile, before: Amounts, after: Amounts) -> bool:
     """Return whether the model is run on a text."""
     width = (after.inner, after.heads, after.kv_heads) != (before.inner, before.heads, before.kv_heads)
     fits = profile.prune.recover != "none" and after != before
-    return fits or (width and load_pruner(profile.prune.pruner).reads_text) or after.layers != before.layers
+    return (
+        profile.prune.sparsity > 0
+        or fits
+        or (width and load_pruner(profile.prune.pruner).reads_text)
+        or after.layers != before.layers
+    )
 
 
 def prune(
@@ -137,7 +167,10 @@ def prune(
         "amounts": asdict(amounts),
         "algorithm": profile.prune.pruner,
         "depth": profile.prune.depth,
-        "fit": profile.prune.recover != "none" and text is not None,
+        "fit": profile.prune.recover != "none" and text is not None and not profile.prune.sparsity,
+        "sparsity": profile.prune.sparsity,
+        "sparsifier": profile.prune.sparsifier,
+        "pattern": [2, 4] if profile.prune.pattern == "2:4" else None,
         "seed": options.seed,
         "vocabulary": None,
         "output": str(directory),
@@ -161,6 +194,8 @@ def prune(
         "depth": profile.prune.depth if amounts.layers < before.layers else None,
         "recover": profile.prune.recover if text is not None else "none",
         "text": None if text is None else dict(text.record),
+        "sparsity": profile.prune.sparsity or None,
+        "zeros": result["zeros"],
         "errors": {name: [float(f"{value:.3g}") for value in pair] for name, pair in result["errors"].items()},
         "seed": options.seed,
     }
@@ -169,6 +204,156 @@ def prune(
     copy_sidecars(checkpoint, directory)
     write_file(directory / RECORD_NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")
     return PrunedModel(before, amounts, record, int(response["peak_rss_bytes"]))
+
+
+def trim(
+    checkpoint: Checkpoint, source: Mapping[str, Any], profile: Profile, directory: Path, options: PruneOptions
+) -> Mapping[str, Any]:
+    """Write the model with the tokens of the text alone into an existing, empty directory; return what was kept.
+
+    Raises:
+        UsageError: The text is too short to choose by.
+        UnsupportedModelError: Tokenizers of this kind cannot be trimmed.
+    """
+    content = texts.read_content(profile, options.text_file)
+    structure, sizes = prunable(checkpoint)
+    chosen = vocabulary.choose(
+        checkpoint.directory, content.content, vocab_size=structure.vocab_size, config=checkpoint.config
+    )
+    return _trimmed(checkpoint, source, chosen, directory, options, {"text": content.name, "sha256": content.sha256})
+
+
+def trim_as_before(
+    checkpoint: Checkpoint, source: Mapping[str, Any], kept: Path, directory: Path, options: PruneOptions
+) -> None:
+    """Write the model with the tokens that an artifact kept, for it to be compared with.
+
+    Raises:
+        CompressError: The list is damaged, or another model's.
+    """
+    ids = np.load(kept, allow_pickle=False)
+    structure, _ = prunable(checkpoint)
+    if (
+        ids.ndim != 1
+        or ids.dtype != np.int64
+        or not len(ids)
+        or np.any(np.diff(ids) <= 0)
+        or ids[-1] >= structure.vocab_size
+    ):
+        raise CompressError("this is no list of kept token ids of the model", where=str(kept))
+    nothing = vocabulary.Coverage(0, 0, 0, 0)
+    _trimmed(checkpoint, source, vocabulary.Trimmed(ids, structure.vocab_size, nothing), directory, options, {})
+
+
+def _trimmed(
+    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    chosen: vocabulary.Trimmed,
+    directory: Path,
+    options: PruneOptions,
+    text: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    structure, _ = prunable(checkpoint)
+    require_space(directory, sum(info.nbytes for info in checkpoint.tensors().values()))
+    np.save(directory / KEPT_IDS_NAME, chosen.kept)
+    request = {
+        "checkpoint": dict(source),
+        "texts": None,
+        "amounts": asdict(full(structure)),
+        "algorithm": "magnitude",
+        "depth": "block-influence",
+        "fit": False,
+        "sparsity": 0,
+        "sparsifier": "wanda",
+        "pattern": None,
+        "seed": options.seed,
+        "vocabulary": str(directory / KEPT_IDS_NAME),
+        "output": str(directory),
+        "workers": options.threads,
+        "memory_cap": options.max_memory,
+        "threads": 1,
+    }
+    run_worker("prune.worker", request, timeout=TIMEOUT_SECONDS)
+    config = vocabulary.rewrite_config(checkpoint.config, chosen)
+    write_file(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    vocabulary.write_tokenizer(checkpoint.directory, chosen, directory)
+    for name, path in checkpoint.sidecars().items():
+        if name not in TOKENIZER_NAMES and not (directory / name).exists():
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, directory / name)
+    return {
+        **text,
+        "before": structure.vocab_size,
+        "after": len(chosen.kept),
+        "tokens_of_the_text": chosen.coverage.tokens,
+        "distinct_tokens": chosen.coverage.distinct,
+    }
+
+
+def recover(
+    teacher: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    profile: Profile,
+    directory: Path,
+    options: PruneOptions,
+    zeros: tuple[str, ...],
+    state: Path,
+    progress: Progress,
+) -> Distilled:
+    """Train a pruned model, in its directory, to answer as the original does; its weights are replaced if that helped.
+
+    Args:
+        teacher: The original, as a worker opens it.
+        checkpoint: The same, open: its tokenizer and pooling.
+        profile: ``prune`` and ``calibration`` of it.
+        directory: The pruned model.
+        options: How.
+        zeros: Tensors in which removed heads are zeros, which stay.
+        state: Where to keep how far it is: the same command goes on from there after a kill.
+        progress: Called with the fraction that is done.
+
+    Raises:
+        UsageError: There is too little text.
+        ResourceError: It does not fit in memory.
+    """
+    structure, _ = prunable(checkpoint)
+    asked = profile.calibration.model_copy(update={"tokens": _LESSONS * profile.calibration.tokens})
+    with tempfile.TemporaryDirectory(prefix="compress-lessons-") as place:
+        written = texts.write_texts(
+            structure,
+            checkpoint,
+            profile.model_copy(update={"calibration": asked}),
+            text_file=options.text_file,
+            source=teacher,
+            seed=options.seed,
+            memory_cap=options.max_memory,
+            work=Path(place),
+            progress=lambda fraction: None,
+            lessons=True,
+        )
+        found = distill(
+            teacher,
+            directory,
+            written.load(),
+            output=directory / ".distilled.safetensors",
+            steps=profile.prune.steps,
+            seed=options.seed,
+            pooling=pooling.resolve(structure, profile, checkpoint),
+            frozen_zeros=zeros,
+            memory_cap=options.max_memory,
+            threads=options.threads,
+            state=state,
+            progress=progress,
+        )
+    if found.improved:
+        for path in (*directory.glob("model*.safetensors"), directory / INDEX_NAME):
+            path.unlink(missing_ok=True)
+        (directory / ".distilled.safetensors").replace(directory / WEIGHTS_NAME)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        write_file(
+            directory / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
+        )
+    return found
 
 
 def pruned_config(

@@ -28,7 +28,7 @@ _AT_ONCE = 64
 #: From so many channels on H^-1 is kept in float32: 8,192 channels take 512 MB in float64, twice while it is inverted.
 _WIDE = 6000
 
-Floats = npt.NDArray[Any]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 class Surgeon:
@@ -64,7 +64,7 @@ class _State:
     def __init__(self, units: Units) -> None:
         assert units.moments is not None
         kind = np.float32 if units.weight.shape[1] >= _WIDE else np.float64
-        moments = units.moments.astype(kind)
+        moments: Floats = units.moments.astype(kind)
         self.power = float(np.einsum("nk,nk->", units.weight @ units.moments, units.weight, dtype=np.float64))
         mean = float(np.diagonal(units.moments).mean(dtype=np.float64))
         moments[np.diag_indices_from(moments)] += DAMPING * max(mean, 1e-30)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compress.calibrate.decoder_texts import EXCERPTS, MOST_TOKENS, calibration_windows
 from compress.contracts import Checkpoint, Decoder, Encoder, Structure
@@ -15,7 +16,7 @@ from compress.errors import UsageError
 from compress.profile import Profile
 from compress.validate import text
 from compress.validate.artifact import Artifact
-from compress.validate.encoded import pack
+from compress.validate.encoded import Encoded, pack
 from compress.validate.pieces import cut, tokenize
 
 #: Tokens an encoder's text has at most, special ones included: most pieces are shorter, and all are padded to it.
@@ -31,6 +32,13 @@ class PruningText:
     path: Path
     record: Mapping[str, Any]
 
+    def load(self) -> npt.NDArray[np.int64] | Encoded:
+        """Return a decoder's windows int64 ``[windows, length]``, or an encoder's texts."""
+        if self.path.suffix == ".npz":
+            return Encoded.load(self.path)
+        windows: npt.NDArray[np.int64] = np.load(self.path)
+        return windows
+
 
 def write_texts(
     structure: Structure,
@@ -43,15 +51,21 @@ def write_texts(
     memory_cap: int | None,
     work: Path,
     progress: Callable[[float], None],
+    lessons: bool = False,
 ) -> PruningText:
     """Tokenize the user's text, or the embedded one, and write it for the worker.
+
+    An encoder's texts are joined by as many random sequences: words that the text lacks are met in use. ``lessons``
+    are for distillation: as much text as there is, up to what is asked for, and no random sequences.
 
     Raises:
         UsageError: There is too little of it, or it cannot be read.
         CompressError: The tokenizer is missing, damaged, or not this model's.
     """
     if isinstance(structure, Encoder):
-        return _encoder_texts(structure, checkpoint, profile, text_file, work)
+        return _encoder_texts(
+            structure, checkpoint, profile, text_file, work, 0 if lessons else seed, random=not lessons
+        )
     assert isinstance(structure, Decoder)
     found = calibration_windows(
         checkpoint,
@@ -77,7 +91,14 @@ def read_content(profile: Profile, text_file: Path | None) -> text.Text:
 
 
 def _encoder_texts(
-    encoder: Encoder, checkpoint: Checkpoint, profile: Profile, text_file: Path | None, work: Path
+    encoder: Encoder,
+    checkpoint: Checkpoint,
+    profile: Profile,
+    text_file: Path | None,
+    work: Path,
+    seed: int,
+    *,
+    random: bool,
 ) -> PruningText:
     content, asked = read_content(profile, text_file), profile.calibration.tokens
     place = Artifact(
@@ -93,10 +114,9 @@ def _encoder_texts(
     # A piece has some forty tokens: more than enough of them, of which as many are taken as are asked for.
     pieces = cut(content.content, max(64, asked // 8))
     tokens = tokenize([(piece, None) for piece in pieces], place, longest) if pieces else []
-    # Spread over the text, not its beginning.
-    order = np.random.default_rng(0).permutation(len(tokens))
+    generator = np.random.default_rng(seed)
     taken, total = [], 0
-    for index in order:
+    for index in generator.permutation(len(tokens)):  # spread over the text, not its beginning
         if total >= asked:
             break
         taken.append(tokens[index])
@@ -108,17 +128,17 @@ def _encoder_texts(
             hint="use a longer text, or leave --calibration-text out",
         )
     ids, types = [item.ids for item in taken], [item.types for item in taken]
-    import os
-    share=float(os.environ.get("RND","0"))
-    if share:
-        gen=np.random.default_rng(0)
-        frame=[a for a,b in zip(ids[0],taken[0].special,strict=True) if b]
-        extra=int(len(ids)*share)
-        for k in range(extra):
-            n=max(3,len(ids[k])-len(frame))
-            ids.append([*frame[:1],*[int(x) for x in gen.integers(0,encoder.vocab_size,n)],*frame[1:]]); types.append([0]*len(ids[-1]))
-    encoded = pack(ids, types, [[True] * len(item) for item in ids])
+    if random:
+        frame = [token for token, special in zip(ids[0], taken[0].special, strict=True) if special]
+        drawn = [_drawn(item.ids, frame, encoder.vocab_size, generator) for item in taken]
+        ids, types = ids + drawn, types + [[0] * len(item) for item in drawn]
     path = work / ".pruning-texts.npz"
-    encoded.save(path)
+    pack(ids, types, [[True] * len(item) for item in ids]).save(path)
     record = {"source": "text", "name": content.name, "sha256": content.sha256, "tokens": total, "texts": len(taken)}
     return PruningText(path, record)
+
+
+def _drawn(ids: Sequence[int], frame: list[int], rows: int, generator: np.random.Generator) -> list[int]:
+    """Return random tokens between the special ones that frame a text, as many as another text has."""
+    count = max(1, len(ids) - len(frame))
+    return [*frame[:1], *map(int, generator.integers(0, rows, count)), *frame[1:]]

@@ -3,8 +3,9 @@
 Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (decoders:
 ``.npy`` int64 ``[windows, length]``; encoders: ``.npz`` of :class:`compress.validate.encoded.Encoded`; null: no text
 is read), ``amounts`` {inner, heads, kv_heads, layers}, ``algorithm``, ``depth`` (an algorithm's name), ``fit``
-(bool), ``seed``, ``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers``
-(threads), ``memory_cap``.
+(bool), ``seed``, ``sparsity`` (share of single weights, or 0), ``sparsifier``, ``pattern`` ([n, m] or null),
+``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers`` (threads),
+``memory_cap``.
 
 It writes the weights files into ``output`` and answers ``layers`` [blocks that stay], ``zeros`` [tensors in which
 removed heads are left as zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
@@ -31,7 +32,7 @@ from compress.calibrate.blocks import Block, Workers
 from compress.contracts import KEPT_HEADS, Checkpoint, Encoder, FloatArray, PrunableFamily, Structure
 from compress.errors import CompressError, SourceError
 from compress.families import load_family
-from compress.prune import load_depth_pruner, load_pruner
+from compress.prune import load_depth_pruner, load_pruner, load_sparsifier
 from compress.prune.amounts import Amounts, full
 from compress.prune.block_pruner import BlockPruner, Pruned
 from compress.prune.checkpoint import Stored, WeightsWriter, stored_type
@@ -39,7 +40,7 @@ from compress.prune.cuts import Cut, Kept, block_cuts, renumbered, vocabulary_cu
 from compress.prune.encoder_blocks import EncoderBlocks
 from compress.prune.estimate import STATE_TOKENS
 from compress.quantize.finite import first_nonfinite
-from compress.validate.encoded import Batch, Encoded, padded_batch
+from compress.validate.encoded import Batch, Encoded, batch_of
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 from compress.validate.streaming import Call, StreamedModel
 
@@ -99,8 +100,9 @@ class Pruning:
                 "heads of this checkpoint were removed before", hint="prune the original model by the sum of both"
             )
         stay = self._stay(lambda fraction: progress(0.3 * fraction))
-        names = renumbered(list(self._stored()), self.structure, stay) if self._by_depth() else dict.fromkeys(())
-        self._names = dict(names) if self._by_depth() else {name: name for name in self._stored()}
+        self._names: Mapping[str, str] = {name: name for name in self._stored()}
+        if self._by_depth():
+            self._names = renumbered(list(self._stored()), self.structure, stay)
         self._cuts = self._planned(stay)
         tensors = [
             Stored(
@@ -164,7 +166,7 @@ class Pruning:
 
     def _prune(self, stay: tuple[int, ...], progress: Progress) -> None:
         """Go through the model once, or through its weights where no text is read."""
-        if not self._any_width() and not self.request["fit"]:
+        if not self._any_width() and not self.request["fit"] and not self.request["sparsity"]:
             return
         if self.batch is None:
             self.model.each(lambda index, layer: self._choose(index, layer, stay))
@@ -197,13 +199,23 @@ class Pruning:
                 stream.append(hidden)
             if index not in stay:
                 return block.outputs()
-            pruned, outputs, stream[0] = self.pruner.follow(block, stream[0])
+            if self.request["sparsity"]:
+                outputs = block.outputs()
+                pruned, stream[0] = self._sparsified(block, stream[0])
+            else:
+                pruned, outputs, stream[0] = self.pruner.follow(block, stream[0])
             self._require_finite(index, stream[0])
             self._cut(index, pruned)
             self._write_changed(block, pruned)
             return outputs
 
         self.model.visit_blocks(self.batch, visit, progress)
+
+    def _sparsified(self, block: Block, stream: torch.Tensor) -> tuple[Pruned, torch.Tensor]:
+        asked = self.request
+        pattern = None if asked["pattern"] is None else (int(asked["pattern"][0]), int(asked["pattern"][1]))
+        algorithm = load_sparsifier(asked["sparsifier"])
+        return self.pruner.sparsify(block, stream, algorithm, float(asked["sparsity"]), pattern)
 
     def _share(self, progress: Progress) -> None:
         """A block that is run several times: its inputs over all runs that stay, then one choice."""
@@ -309,7 +321,8 @@ class Pruning:
         if path is None:
             return None, None
         if isinstance(self.structure, Encoder):
-            batch: Batch = padded_batch(Encoded.load(path), 0)
+            texts = Encoded.load(path)
+            batch: Batch = batch_of(texts, np.arange(len(texts)), 0)
             return batch, batch.mask.astype(bool)
         windows = np.load(path)
         return windows, np.ones(windows.shape, bool)

@@ -56,7 +56,7 @@ def lost(drift: AnyDrift | None) -> str:
 
 
 def chain_svg(chain: Sequence[ChainStep]) -> str:
-    """Return the chain as a self-contained SVG: a bar for size and one for time a step; the same chain, the same bytes."""
+    """Return the chain as a self-contained SVG, a bar for size and one for time a step."""
     largest = max(item.bytes for item in chain)
     slowest = max(1 / item.speedup_vs_source for item in chain if item.speedup_vs_source)
     height = _TOP + _ROW * len(chain) + 16

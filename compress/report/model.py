@@ -387,7 +387,7 @@ class ChainStep(_Strict):
 
 
 class Pruning(_Strict):
-    """What was removed before quantization: sizes ``before`` and ``after``, the blocks that stayed, how, and the chain."""
+    """What was removed before quantization: sizes before and after, the blocks that stayed, how, and the chain."""
 
     before: dict[str, int]
     after: dict[str, int]

@@ -116,11 +116,6 @@ def batch_of(encoded: Encoded, texts: IntArray, pad_id: int, length: int | None 
     return Batch(texts, ids, real.astype(np.int64), types, keep)
 
 
-def padded_batch(encoded: Encoded, pad_id: int) -> Batch:
-    """Return all texts as one batch, padded at the end."""
-    return _batch(encoded, np.arange(len(encoded)), pad_id)
-
-
 def pack(
     ids: Sequence[Sequence[int]],
     types: Sequence[Sequence[int]],
