@@ -179,9 +179,10 @@ def _write(
     The source with the trimmed vocabulary goes to ``trimmed``; distillation keeps in ``state`` how far it is.
     """
     from compress.prune import run
+    from compress.prune.find import find
 
     how = run.PruneOptions(options.calibration_text, options.seed, options.max_memory, options.threads)
-    reference, opened, vocabulary = model, checkpoint, None
+    reference, opened, vocabulary, searched = model, checkpoint, None, None
     with ExitStack() as stack:
         if profile.prune.vocabulary != "all":
             trimmed.mkdir()
@@ -189,11 +190,30 @@ def _write(
                 vocabulary = run.trim(checkpoint, model.as_request(), profile, trimmed, how)
             reference = replace(model, reference=str(trimmed), adapter=None, revision=None, task=model.wanted_task)
             opened = stack.enter_context(reference.open())
+        if profile.prune.searches:
+            with (
+                stages.stage("search") as meter,
+                tempfile.TemporaryDirectory(dir=directory.parent, prefix=".search-") as work,
+            ):
+                structure, sizes = run.prunable(opened)
+                found_sizes = find(
+                    opened,
+                    reference.as_request(),
+                    structure,
+                    sizes,
+                    profile,
+                    how,
+                    Path(work),
+                    lambda part: meter(part, 1.0),
+                )
+                amounts, searched = found_sizes.amounts, found_sizes.record
         with stages.stage("prune") as meter:
             done = run.prune(
                 opened, reference.as_request(), profile, amounts, directory, how, lambda part: meter(part, 1.0)
             )
         record = dict(done.record)
+        if searched is not None:
+            record["search"] = dict(searched)
         if vocabulary is not None:
             shutil.copyfile(trimmed / run.KEPT_IDS_NAME, directory / run.KEPT_IDS_NAME)
             record["vocabulary"] = dict(vocabulary)

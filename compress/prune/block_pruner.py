@@ -19,6 +19,7 @@ import torch
 from compress.calibrate.blocks import Block, BlockLinear, Workers
 from compress.contracts import Decoder, Encoder, FloatArray, IntArray, Pruner, Sparsifier, Structure, Units
 from compress.prune.amounts import Amounts
+from compress.prune.curves import least_neurons, of_units
 from compress.prune.cuts import Kept, head_channels
 from compress.prune.refit import moments, refit, refit_moments
 
@@ -165,6 +166,25 @@ class BlockPruner:
         gone = np.setdiff1d(np.arange(weight.shape[1]), stay)
         weight[:, gone] = 0
         linear.set_weight(weight)
+
+    # ------------------------------------------------------------------------------------------------ predictions
+
+    def costs(self, block: Block) -> tuple[dict[int, float], dict[int, float], torch.Tensor]:
+        """Return what removing neurons and key-value heads of a block would cost, by how many stay; its outputs."""
+        parts = _Parts(block)
+        seen, outputs = block.watch((parts.attention, parts.down))
+        counts = self._counts(_flat(outputs))
+        assert self._real is not None
+        # Counts are inverse powers of the stream, scaled to a mean of 1: undone, a power is a share of the stream's.
+        powers = np.square(_flat(outputs)[self._real]).sum(axis=1, dtype=np.float64)
+        scale = float((1 / np.maximum(powers, 1e-12)).mean())
+        size = self.structure.head_dim * (self.structure.heads // self._shared)
+        found = []
+        for linear, unit in ((parts.down, 1), (parts.attention, size)):
+            known = moments(seen.pop(linear.name), counts, self._workers.map)
+            units = Units(linear.weight(), np.zeros(len(known), np.float32), known, unit)
+            found.append(of_units(units, scale, least_neurons(units.count) if unit == 1 else 1))
+        return found[0], found[1], outputs
 
     # --------------------------------------------------------------------------------------------- single weights
 

@@ -161,23 +161,7 @@ def prune(
             work=directory,
             progress=lambda fraction: None,
         )
-    request = {
-        "checkpoint": dict(source),
-        "texts": None if text is None else str(text.path),
-        "amounts": asdict(amounts),
-        "algorithm": profile.prune.pruner,
-        "depth": profile.prune.depth,
-        "fit": profile.prune.recover != "none" and text is not None and not profile.prune.sparsity,
-        "sparsity": profile.prune.sparsity,
-        "sparsifier": profile.prune.sparsifier,
-        "pattern": [2, 4] if profile.prune.pattern == "2:4" else None,
-        "seed": options.seed,
-        "vocabulary": None,
-        "output": str(directory),
-        "workers": options.threads,
-        "memory_cap": options.max_memory,
-        "threads": 1,
-    }
+    request = request_of(source, profile, amounts, directory, options, None if text is None else text.path)
     try:
         response = run_worker("prune.worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
     finally:
@@ -256,23 +240,9 @@ def _trimmed(
     structure, _ = prunable(checkpoint)
     require_space(directory, sum(info.nbytes for info in checkpoint.tensors().values()))
     np.save(directory / KEPT_IDS_NAME, chosen.kept)
-    request = {
-        "checkpoint": dict(source),
-        "texts": None,
-        "amounts": asdict(full(structure)),
-        "algorithm": "magnitude",
-        "depth": "block-influence",
-        "fit": False,
-        "sparsity": 0,
-        "sparsifier": "wanda",
-        "pattern": None,
-        "seed": options.seed,
-        "vocabulary": str(directory / KEPT_IDS_NAME),
-        "output": str(directory),
-        "workers": options.threads,
-        "memory_cap": options.max_memory,
-        "threads": 1,
-    }
+    kept = directory / KEPT_IDS_NAME
+    request = request_of(source, profile_that_keeps_all(), full(structure), directory, options, None)
+    request["vocabulary"] = str(kept)
     run_worker("prune.worker", request, timeout=TIMEOUT_SECONDS)
     config = vocabulary.rewrite_config(checkpoint.config, chosen)
     write_file(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -354,6 +324,41 @@ def recover(
             directory / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
         )
     return found
+
+
+def request_of(
+    source: Mapping[str, Any],
+    profile: Profile,
+    amounts: Amounts,
+    directory: Path,
+    options: PruneOptions,
+    text: Path | None,
+) -> dict[str, Any]:
+    """Return what the worker takes to prune a source to these sizes."""
+    asked = profile.prune
+    return {
+        "job": "prune",
+        "checkpoint": dict(source),
+        "texts": None if text is None else str(text),
+        "amounts": asdict(amounts),
+        "algorithm": asked.pruner,
+        "depth": asked.depth,
+        "fit": asked.recover != "none" and text is not None and not asked.sparsity,
+        "sparsity": asked.sparsity,
+        "sparsifier": asked.sparsifier,
+        "pattern": [2, 4] if asked.pattern == "2:4" else None,
+        "seed": options.seed,
+        "vocabulary": None,
+        "output": str(directory),
+        "workers": options.threads,
+        "memory_cap": options.max_memory,
+        "threads": 1,
+    }
+
+
+def profile_that_keeps_all() -> Profile:
+    """Return a profile that prunes nothing: a trimmed vocabulary needs no more."""
+    return Profile(name="all", description="all of it")
 
 
 def pruned_config(

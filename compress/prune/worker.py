@@ -1,11 +1,12 @@
 """The worker that prunes a checkpoint: ``python -m compress.prune.worker``.
 
-Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (decoders:
-``.npy`` int64 ``[windows, length]``; encoders: ``.npz`` of :class:`compress.validate.encoded.Encoded`; null: no text
-is read), ``amounts`` {inner, heads, kv_heads, layers}, ``algorithm``, ``depth`` (an algorithm's name), ``fit``
-(bool), ``seed``, ``sparsity`` (share of single weights, or 0), ``sparsifier``, ``pattern`` ([n, m] or null),
-``vocabulary`` (``.npy`` of the ids that stay, or null), ``output`` (a directory), ``workers`` (threads),
-``memory_cap``.
+Request (see ``validate.protocol``): ``job`` (``prune``; ``curves``: what removing parts would cost, as ``inner``,
+``heads``, ``layers`` {size: loss}; ``divergence`` of the model ``smaller`` on ``texts``: ``kl``), ``checkpoint``
+{reference, adapter, revision, task}, ``texts`` (decoders: ``.npy`` int64 ``[windows, length]``; encoders: ``.npz`` of
+:class:`compress.validate.encoded.Encoded`; null: no text is read), ``amounts`` {inner, heads, kv_heads, layers},
+``algorithm``, ``depth`` (an algorithm's name), ``fit`` (bool), ``seed``, ``sparsity`` (share of single weights, or
+0), ``sparsifier``, ``pattern`` ([n, m] or null), ``vocabulary`` (``.npy`` of the ids that stay, or null), ``output``
+(a directory), ``workers`` (threads), ``memory_cap``.
 
 It writes the weights files into ``output`` and answers ``layers`` [blocks that stay], ``zeros`` [tensors in which
 removed heads are left as zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
@@ -36,6 +37,7 @@ from compress.prune import load_depth_pruner, load_pruner, load_sparsifier
 from compress.prune.amounts import Amounts, full
 from compress.prune.block_pruner import BlockPruner, Pruned
 from compress.prune.checkpoint import Stored, WeightsWriter, stored_type
+from compress.prune.curves import of_depth, summed
 from compress.prune.cuts import Cut, Kept, block_cuts, renumbered, vocabulary_cuts
 from compress.prune.encoder_blocks import EncoderBlocks
 from compress.prune.estimate import STATE_TOKENS
@@ -129,7 +131,37 @@ class Pruning:
             "dtype": types.most_common(1)[0][0],
         }
 
+    def curves(self, progress: Progress) -> Json:
+        """Find out what removing neurons, heads and blocks would cost, without removing any."""
+        inner: list[dict[int, float]] = []
+        heads: list[dict[int, float]] = []
+        states: list[FloatArray] = []
+        places = self._places()
+
+        def visit(index: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            block = self._block(index * self.blocks // self.full.layers, layer, call, hidden)
+            found = self.pruner.costs(block)
+            inner.append(found[0])
+            heads.append(found[1])
+            if not states:
+                states.append(hidden.flatten(0, -2)[places].numpy())
+            states.append(found[2].flatten(0, -2)[places].numpy())
+            return found[2]
+
+        self.model.visit_blocks(self.batch, visit, progress)
+        depth, stacked = load_depth_pruner(self.request["depth"]), np.stack(states)
+        gone = {count: depth.remove(stacked, count) for count in range(1, self.full.layers)}
+        layers = of_depth(stacked, gone) if self.blocks in (1, self.full.layers) else {self.full.layers: 0.0}
+        return {"inner": summed(inner), "heads": summed(heads), "layers": layers}
+
     # --------------------------------------------------------------------------------------------------- what stays
+
+    def _places(self) -> npt.NDArray[np.int64]:
+        """Return the positions whose hidden states stand for all."""
+        assert self.real is not None, "this is found out on a text"
+        places = np.flatnonzero(self.real.reshape(-1))
+        found: npt.NDArray[np.int64] = places[np.unique(np.linspace(0, len(places) - 1, STATE_TOKENS).astype(np.int64))]
+        return found
 
     def _by_depth(self) -> bool:
         """Return whether blocks that go take tensors with them: not those of one that is run several times."""
@@ -141,9 +173,7 @@ class Pruning:
         if not self._by_depth():
             return tuple(range(self.amounts.layers))
         depth = load_depth_pruner(self.request["depth"])
-        assert self.real is not None, "depth is chosen on a text"
-        places = np.flatnonzero(self.real.reshape(-1))
-        places = places[np.unique(np.linspace(0, len(places) - 1, STATE_TOKENS).astype(np.int64))]
+        places = self._places()
         states: list[FloatArray] = []
 
         def visit(index: int, layer: torch.nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
@@ -328,14 +358,44 @@ class Pruning:
         return windows, np.ones(windows.shape, bool)
 
 
+def divergence(request: Json) -> float:
+    """Return the mean KL divergence of a smaller decoder from its source on windows, nats a token."""
+    from compress.source import open_checkpoint
+
+    windows = np.load(request["texts"])
+    spec = request["checkpoint"]
+    adapter = Path(spec["adapter"]) if spec.get("adapter") else None
+    with (
+        open_checkpoint(
+            spec["reference"], adapter=adapter, revision=spec.get("revision"), task=spec.get("task")
+        ) as source,
+        open_checkpoint(request["smaller"]) as smaller,
+    ):
+        models = [StreamedModel(source), StreamedModel(smaller)]
+        states = [model.hidden_states(windows) for model in models]
+        total = 0.0
+        for row in range(len(windows)):
+            first, second = (
+                torch.from_numpy(np.concatenate([block for _, block in model.logits(hidden[row : row + 1])], axis=1))
+                for model, hidden in zip(models, states, strict=True)
+            )
+            first, second = first.log_softmax(-1), second.log_softmax(-1)
+            total += float((first.exp() * (first - second)).sum(dtype=torch.float64))
+    return total / windows.size
+
+
 def handle(request: Json, job: Path) -> Json:
-    """Open the model, prune it, and write it."""
+    """Open the model, prune it, and write it; or find out what that would cost."""
+    if request["job"] == "divergence":
+        torch.set_num_threads(int(request["threads"]))
+        return {"results": [{"kl": divergence(request)}], "peak_rss_bytes": peak_rss_bytes()}
     torch.set_num_threads(1)
     keep_buffers(_KEPT_BYTES)
     pruning = Pruning(request)
     try:
         with torch.no_grad():
-            result = pruning.run(lambda fraction: report_progress(job, fraction))
+            work = pruning.curves if request["job"] == "curves" else pruning.run
+            result = work(lambda fraction: report_progress(job, fraction))
     finally:
         pruning.workers.close()
     return {"results": [result], "peak_rss_bytes": peak_rss_bytes()}
