@@ -38,3 +38,16 @@ def calibrate_here(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr("compress.calibrate.decoder.run_worker", run)
     patch.setattr("compress.calibrate.decoder_worker.load_quantizer", quick)
+
+
+def prune_here(patch: pytest.MonkeyPatch) -> None:
+    """Let models be pruned here; ``tests/test_pruning.py`` holds the worker to the same bytes."""
+    from compress.prune import worker
+
+    def run(module: str, request: dict[str, Any], *, timeout: float, progress: Any = None) -> Any:
+        assert module == "prune.worker" and timeout > 0
+        with tempfile.TemporaryDirectory() as job, threadpool_limits(limits=1):
+            return json.loads(json.dumps(worker.handle(json.loads(json.dumps(request)), Path(job))))
+
+    patch.setattr("compress.prune.run.run_worker", run)
+    patch.setattr("compress.prune.find.run_worker", run)

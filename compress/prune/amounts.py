@@ -64,6 +64,12 @@ def resolve(structure: Structure, sizes: SizeKeys, asked: Asked) -> Amounts:
             where="prune.kv_groups",
             hint="remove heads: --set prune.heads=0.25",
         )
+    if (asked.heads or asked.kv_groups) and isinstance(structure, Decoder) and structure.rope_switch is not None:
+        raise UsageError(
+            "transformers takes the length of LongRoPE's factors from the number of heads, so none can be removed",
+            where="prune.heads",
+            hint="prune other parts: --set prune.ffn=0.2, prune.layers=2",
+        )
     blocks = {linear.layer for linear in structure.linears if linear.layer is not None}
     if asked.layers and 1 < len(blocks) < structure.layers:
         raise UsageError(

@@ -77,9 +77,10 @@ def find(
     offered = candidates(curves, have, steps, fits)
     model = LatencyModel(options.threads, progress=lambda part: progress(0.5 + 0.2 * part))
     latency = model.predictor(geometry, workload, offered)
+    measured: Mapping[Amounts, float] = {}
     if asked.speedup is not None:
         choice = choose(curves, have, latency, speedup=asked.speedup, steps=steps, fits=fits)
-        best, measured = choice.best, {}
+        best = choice.best
     else:
         assert asked.max_kl is not None
         choice = choose(curves, have, latency, max_loss=float("1e30"), steps=steps, fits=fits)

@@ -381,7 +381,7 @@ def divergence(request: Json) -> float:
             )
             first, second = first.log_softmax(-1), second.log_softmax(-1)
             total += float((first.exp() * (first - second)).sum(dtype=torch.float64))
-    return total / windows.size
+    return total / int(windows.size)
 
 
 def handle(request: Json, job: Path) -> Json:
