@@ -275,11 +275,13 @@ class _Layout:
         self.end = 0
         self._floats_from = floats_from
 
-    def place(self, *tensors: tuple[str, DType, tuple[int, ...]]) -> tuple[StoredTensor, ...]:
+    def place(
+        self, *tensors: tuple[str, DType, tuple[int, ...]], stay_floats: bool = False
+    ) -> tuple[StoredTensor, ...]:
         placed = []
         for name, dtype, shape in tensors:
             tensor = StoredTensor(name, dtype, shape)
-            if tensor.nbytes >= (self._floats_from if dtype == "float32" else INLINE_LIMIT):
+            if tensor.nbytes >= (self._floats_from if dtype == "float32" and not stay_floats else INLINE_LIMIT):
                 align = _PAGE if tensor.nbytes >= _PAGE_FROM else _LINE
                 offset = -(-self.end // align) * align
                 self.end = offset + tensor.nbytes
@@ -355,9 +357,8 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
             (f"{linear.name}.scales", "float32", (linear.out_features,)),
         )
     else:
-        stored = layout.place(
-            *_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)
-        )
+        parts = _quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)
+        stored = layout.place(*parts, stay_floats=True)
     return Fate(
         linear.name,
         "matmul",
