@@ -458,6 +458,8 @@ class Scheme:
 
 #: How scales are stored: float32 or float16 a block, or int8 a block times one float32 a row.
 ScaleFormat = Literal["float32", "float16", "int8"]
+#: What a graph's weights that are not quantized, its activations and its cache are.
+FloatType = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from compress.contracts import (
     Checkpoint,
     Decoder,
     Encoder,
+    FloatType,
     Linear,
     Role,
     ScaleFormat,
@@ -74,7 +75,7 @@ class Fate:
         role: Its role, ``None`` for vectors.
         rows: Rows of the stacked weight; elements for a vector.
         columns: Columns; 1 for a vector.
-        scheme: How it is quantized, ``None`` for float32.
+        scheme: How it is quantized, ``None`` for the plan's ``float_type``.
         reads: Where the rows come from.
         stored: Codes, scales and zero points, or the float tensor.
         tied: The same bytes serve the embedding and the head.
@@ -105,7 +106,7 @@ class Plan:
     """Fates in file order and the predictions that follow from them; sizes in bytes.
 
     ``static_length``, ``cache_length`` and ``activation_bits`` are the profile's: they decide how large the graph file
-    is.
+    is. ``float_type`` is that of every float tensor.
     """
 
     model_type: str
@@ -118,6 +119,7 @@ class Plan:
     static_length: int | None = None
     cache_length: int | None = None
     activation_bits: int | None = None
+    float_type: FloatType = "float32"
 
     @property
     def decoder(self) -> Decoder:
@@ -170,14 +172,16 @@ def make_plan(
         checkpoint: Its headers say how large the source is.
         constants: Types and shapes of arrays that are no parameter of the model: calibration finds them. Default: those
             that it will find, where the profile asks for it.
-        keep_float: Linears, by name, that stay float32 whatever the profile says.
+        keep_float: Linears, by name, that stay floats whatever the profile says.
         schemes: Schemes of weights, by name, that go before the profile's (a tied table counts as the embedding).
 
     Raises:
         UsageError: A scheme that cannot be, or that the profile's provider cannot run.
     """
+    floats = profile.graph.float_type
     if isinstance(structure, Decoder):
         profile = profile.model_copy(update={"quantize": profile.quantize.for_decoders()})
+    _check_half(structure, profile)
     layout = _Layout(_FLOATS_LIMIT if profile.quantize.activation_bits is not None else INLINE_LIMIT)
     given = schemes or {}
     fates = [_plan_table(table, structure, profile, layout, given) for table in structure.tables]
@@ -187,9 +191,9 @@ def make_plan(
             scheme = None if linear.name in keep_float else _checked(profile, linear.role, given.get(linear.name))
             fates.append(_plan_linear(linear, scheme, profile, layout))
         if linear.bias:
-            fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout))
+            fates.append(_plan_vector(f"{linear.name}.bias", linear.out_features, linear.bias, layout, floats))
     for vector in structure.vectors:
-        fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout))
+        fates.append(_plan_vector(vector.graph_name, vector.size, (vector.source,), layout, floats))
     if constants is None:
         constants = _expected_constants(structure, profile, fates)
     for name, (dtype, shape) in constants.items():
@@ -206,7 +210,7 @@ def make_plan(
                     *structure.rope_shape,
                     None,
                     (),
-                    layout.place((name, "float32", structure.rope_shape)),
+                    layout.place((name, floats, structure.rope_shape)),
                 )
             )
     return Plan(
@@ -220,7 +224,33 @@ def make_plan(
         static_length=profile.graph.static_length,
         cache_length=min(profile.graph.cache_length, structure.context_length),
         activation_bits=profile.quantize.activation_bits,
+        float_type=floats,
     )
+
+
+def _check_half(structure: Structure, profile: Profile) -> None:
+    """Refuse float16 where there is no such graph.
+
+    Raises:
+        UsageError: The model is an encoder, or scales of another format would stand beside float16 activations.
+    """
+    if profile.graph.float_type != "float16":
+        return
+    where = f"profile {profile.name}"
+    if not isinstance(structure, Decoder):
+        raise UsageError(
+            "float16 graphs are made of models that write text; this one is an encoder",
+            where=where,
+            hint="--set graph.float_type=float32",
+        )
+    weights = [*structure.linears, *(table for table in structure.tables if table.role == "token")]
+    roles: set[Role] = {item.role if isinstance(item, Linear) else "embedding" for item in weights}
+    if profile.quantize.scale_format != "float16" and any(profile.quantize.scheme(role) for role in roles):
+        raise UsageError(
+            f"kernels that multiply float16 read float16 scales, not {profile.quantize.scale_format}",
+            where=where,
+            hint="--set quantize.scale_format=float16",
+        )
 
 
 def _expected_constants(
@@ -245,11 +275,13 @@ class _Layout:
         self.end = 0
         self._floats_from = floats_from
 
-    def place(self, *tensors: tuple[str, DType, tuple[int, ...]]) -> tuple[StoredTensor, ...]:
+    def place(
+        self, *tensors: tuple[str, DType, tuple[int, ...]], stay_floats: bool = False
+    ) -> tuple[StoredTensor, ...]:
         placed = []
         for name, dtype, shape in tensors:
             tensor = StoredTensor(name, dtype, shape)
-            if tensor.nbytes >= (self._floats_from if dtype == "float32" else INLINE_LIMIT):
+            if tensor.nbytes >= (self._floats_from if dtype == "float32" and not stay_floats else INLINE_LIMIT):
                 align = _PAGE if tensor.nbytes >= _PAGE_FROM else _LINE
                 offset = -(-self.end // align) * align
                 self.end = offset + tensor.nbytes
@@ -287,7 +319,7 @@ def _plan_table(
         tied = bool(whole)
         scheme = replace(scheme, block_size=whole[-1]) if whole else scheme
     if scheme is None:
-        stored = layout.place((f"{table.name}.weight", "float32", (table.rows, table.columns)))
+        stored = layout.place((f"{table.name}.weight", profile.graph.float_type, (table.rows, table.columns)))
     else:
         if tied and table.columns % scheme.block_size:
             # A head pads its rows to whole blocks, an embedding does not: only then are they the same bytes.
@@ -316,7 +348,8 @@ def _plan_table(
 def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout: _Layout) -> Fate:
     if scheme is None:
         # [K, N]: what MatMul reads without a transposed copy at load time.
-        stored = layout.place((f"{linear.name}.weight", "float32", (linear.in_features, linear.out_features)))
+        shape = (linear.in_features, linear.out_features)
+        stored = layout.place((f"{linear.name}.weight", profile.graph.float_type, shape))
     elif scheme.activations != "none":
         # [K, N]: what the integer products read.
         stored = layout.place(
@@ -324,9 +357,8 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
             (f"{linear.name}.scales", "float32", (linear.out_features,)),
         )
     else:
-        stored = layout.place(
-            *_quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)
-        )
+        parts = _quantized(linear.name, linear.out_features, linear.in_features, scheme, profile, weight_bytes)
+        stored = layout.place(*parts, stay_floats=True)
     return Fate(
         linear.name,
         "matmul",
@@ -339,8 +371,8 @@ def _plan_linear(linear: Linear, scheme: Scheme | None, profile: Profile, layout
     )
 
 
-def _plan_vector(name: str, size: int, reads: tuple[Slice, ...], layout: _Layout) -> Fate:
-    return Fate(name, "vector", None, size, 1, None, reads, layout.place((name, "float32", (size,))))
+def _plan_vector(name: str, size: int, reads: tuple[Slice, ...], layout: _Layout, floats: FloatType) -> Fate:
+    return Fate(name, "vector", None, size, 1, None, reads, layout.place((name, floats, (size,))))
 
 
 def _quantized(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.contracts import Activations, Role, ScaleFormat, Scheme
+from compress.contracts import Activations, FloatType, Role, ScaleFormat, Scheme
 from compress.errors import UsageError, did_you_mean
 from compress.sizes import parse_size
 
@@ -199,8 +199,12 @@ class Graph(_Strict):
     ``static_length`` makes a graph of standard operators for one text of so many tokens, padded: every shape is a
     number, as NPUs want it. Decoders get two graphs, one for so many new tokens and one for a single one, over a
     key/value cache of ``cache_length`` tokens.
+
+    ``float_type = "float16"`` (decoders) halves what is not quantized, activations, cache and logits: for providers
+    that multiply float16 as it is. Scales of quantized weights are float16 too then, as the kernels want them.
     """
 
+    float_type: FloatType = "float32"
     logits_to_keep: int = Field(default=0, ge=0)
     pooling: Literal["auto", "mean", "cls", "max", "none"] = "auto"
     normalize: Literal["auto", "yes", "no"] = "auto"
@@ -303,6 +307,23 @@ class Profile(_Strict):
             )
         if graph.static_length is not None and set(graph.fusions) - {"gelu"}:
             raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
+        return self
+
+    @model_validator(mode="after")
+    def _half_floats_have_kernels(self) -> Profile:
+        if self.graph.float_type == "float32":
+            return self
+        if self.graph.static_length is not None:
+            raise ValueError(
+                'graph.float_type = "float16" is for graphs of any length: leave out graph.static_length, whose '
+                "providers choose the type of floats themselves"
+            )
+        roles = [*self.quantize.roles.values(), *self.quantize.decoder_roles.values()]
+        if any(given not in (None, "none") for given in (self.quantize.activations, *(r.activations for r in roles))):
+            raise ValueError(
+                'products of integers read float32: set quantize.activations = "none", or leave out '
+                'graph.float_type = "float16"'
+            )
         return self
 
     @model_validator(mode="after")

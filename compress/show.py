@@ -66,7 +66,9 @@ def plan_document(
 
 
 def _storage(fate: Fate) -> str:
-    return "float32" if fate.scheme is None else scheme_name(fate.scheme)
+    if fate.scheme is not None:
+        return scheme_name(fate.scheme)
+    return "float16" if fate.stored[0].dtype == "float16" else "float32"
 
 
 def plan_text(document: Mapping[str, Any]) -> str:

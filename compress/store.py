@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import FloatArray, QuantizedRows, Scheme
+from compress.errors import SourceError
 from compress.package.writer import DataFile
 from compress.plan import Fate, Plan, StoredTensor
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
@@ -69,7 +70,8 @@ class Store:
         self.rows(scales, start, result.scales[:, 0])
 
     def constant(self, stored: StoredTensor, array: AnyArray) -> None:
-        """Write a whole array, of any shape."""
+        """Write a whole array, of any shape, in the type that was planned."""
+        array = _as_planned(stored, array)
         if stored.offset is None:
             with self._lock:
                 self.inline[stored.name] = array
@@ -77,7 +79,12 @@ class Store:
             self.data.write(stored.offset, array)
 
     def rows(self, stored: StoredTensor, row: int, array: AnyArray) -> None:
-        """Write rows of a stored tensor, from row ``row`` on."""
+        """Write rows of a stored tensor, from row ``row`` on, in the type that was planned.
+
+        Raises:
+            SourceError: A value is beyond float16's range.
+        """
+        array = _as_planned(stored, array)
         if stored.offset is None:
             with self._lock:
                 target = self.inline.setdefault(stored.name, np.zeros(stored.shape, stored.dtype))
@@ -85,6 +92,25 @@ class Store:
             return
         row_bytes = stored.nbytes // stored.shape[0]
         self.data.write(stored.offset + row * row_bytes, array)
+
+
+def _as_planned(stored: StoredTensor, array: AnyArray) -> AnyArray:
+    """Return float32 values in float16 where that is planned: rounded to nearest, values below 6e-8 to 0.
+
+    Raises:
+        SourceError: A value is beyond float16's range.
+    """
+    if stored.dtype != "float16" or array.dtype == np.float16:
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        raise SourceError(
+            f"a weight of {float(np.abs(array).max()):.3g} is beyond float16, which ends at 65504",
+            where=stored.name,
+            hint="--set graph.float_type=float32",
+        )
+    return narrow
 
 
 def restored(result: QuantizedRows, scheme: Scheme, columns: int) -> FloatArray:

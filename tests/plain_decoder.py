@@ -20,13 +20,13 @@ class PlainDecoder:
         self.session = ort.InferenceSession(artifact / "model.onnx", options, providers=["CPUExecutionProvider"])
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
-        self._past: dict[str, npt.NDArray[np.float32]] = {}
+        self._past: dict[str, npt.NDArray[np.floating]] = {}
 
     def reset(self) -> None:
         self._past = {}
 
     def feed(self, ids: Ids, mask: Ids, positions: Ids, keep: int | None = None) -> npt.NDArray[np.float32]:
-        """Return the logits ``[batch, positions kept, vocabulary]`` of the new tokens ``ids`` ``[batch, new]``."""
+        """Return float32 logits ``[batch, positions kept, vocabulary]`` of the new tokens ``ids`` ``[batch, new]``."""
         feeds = {"input_ids": ids, "attention_mask": mask, **(self._past or self._empty(len(ids)))}
         if "position_ids" in self._inputs:
             feeds["position_ids"] = positions
@@ -37,7 +37,7 @@ class PlainDecoder:
             name.replace("present", "past_key_values"): value
             for name, value in zip(self._outputs[1:], present, strict=True)
         }
-        return logits
+        return np.asarray(logits, np.float32)
 
     def greedy(self, prompt: list[int], count: int) -> tuple[list[int], float]:
         """Return ``count`` greedy tokens after ``prompt``, and the least lead the best logit had over the second."""
@@ -54,9 +54,10 @@ class PlainDecoder:
             new = np.array([tokens[-1:]])
         return tokens[len(prompt) :], lead
 
-    def _empty(self, batch: int) -> dict[str, npt.NDArray[np.float32]]:
+    def _empty(self, batch: int) -> dict[str, npt.NDArray[np.floating]]:
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {
-            name: np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
+            name: np.zeros((batch, value.shape[1], 0, value.shape[3]), types[value.type])
             for name, value in self._inputs.items()
             if name.startswith("past_key_values.")
         }

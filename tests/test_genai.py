@@ -65,6 +65,13 @@ def test_same_greedy_tokens_as_a_plain_loop(name: str, keep: int, tiny_artifact:
         assert generate(artifact, prompt, NEW) == expected
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float16_logits_and_cache_are_taken(name: str, tiny_artifact: Callable[..., Path]) -> None:
+    artifact = tiny_artifact(name, "cuda-fp16")
+    for prompt, expected in telling(PlainDecoder(artifact)):
+        assert generate(artifact, prompt, NEW) == expected
+
+
 def test_another_model_says_something_else(tiny_artifact: Callable[..., Path]) -> None:
     prompt = prompt_of(1)
     tokens = [generate(tiny_artifact(name, "arm-int4"), prompt, NEW) for name in ("llama", "mistral")]

@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "float16-scales": ("arm-int4", "quantize.scale_format=float16"),
     "float32-scales": ("arm-int4", "quantize.scale_format=float32"),
     "mixed": ("x86-int4-mixed",),
+    "float16": ("cuda-fp16",),
+    "float16-int4": ("cuda-int4", "graph.float_type=float16", "quantize.scale_format=float16"),
     "float-head": ("arm-int4", "quantize.roles.head.bits=32", "quantize.roles.embedding.bits=32"),
 }
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compress.contracts import FloatArray
 from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import linear, logits_to_keep, long_rope, names, rotary, table
+from compress.graph.rules import half, linear, logits_to_keep, long_rope, names, rotary, table
 from compress.graph.rules._edit import Weights
 from compress.graph.static_decoder import make_static
 from compress.plan import Plan
@@ -47,7 +46,7 @@ def build_decoder(
     model = ir.load(skeleton)
     weights = Weights(model.graph, plan, inline, data_name)
     fired: dict[str, int] = {}
-    constants: dict[str, FloatArray] = {}
+    constants: dict[str, npt.NDArray[Any]] = {}
     names.normalise(model)
     fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
     static = profile.graph.static_length
@@ -60,6 +59,8 @@ def build_decoder(
     if static is None:
         fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
     weights.restore_names()
+    if plan.float_type == "float16":
+        fired["half"] = half.apply(model.graph)
     _check(model.graph, plan, fired)
     model.functions.clear()  # fallback bodies of fused operators, which every supported provider has kernels for
     model.opset_imports[""] = OPSET
@@ -84,6 +85,8 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
         "vector": len(decoder.vectors),
         **({"logits_to_keep": 1} if "logits_to_keep" in fired else {}),
         **({"long_rope": decoder.layers} if decoder.rope_switch is not None else {}),
+        # Keys and values, in and out, and the logits.
+        **({"half": 4 * decoder.layers + 1} if plan.float_type == "float16" else {}),
     }
     short = [f"{rule} {fired[rule]} of {count}" for rule, count in expected.items() if fired[rule] != count]
     attention = sum(node.op_type == "GroupQueryAttention" for node in graph)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
-from compress.contracts import FloatArray
 from compress.graph.rules._edit import Weights
 from compress.plan import Plan
 
@@ -26,7 +27,7 @@ class FinishedGraph:
     """
 
     model: ir.Model
-    constants: Mapping[str, FloatArray]
+    constants: Mapping[str, npt.NDArray[Any]]
     fired: Mapping[str, int]
     decode: ir.Model | None = None
     whole: ir.Model | None = None

@@ -15,8 +15,9 @@ softmax(scores) V is 1.1e-2 then, and 2.1e-4 with a signed one)::
     y = MatMul(a', b')   ->   y = MatMul(a', DequantizeLinear(QuantizeLinear(b', s, 0)))      # int16
 
 What only moves values (Reshape, Transpose, Split ...) passes its input's scale on: accelerators do not rescale there,
-and refuse other scales. Graph outputs stay float, behind a last DequantizeLinear. Values that are no floats are left
-alone. An asymmetric range of unsigned integers contains 0, so that 0 is exact.
+and refuse other scales. Scales of MatMulNBits are its weight's, and stay float. Graph outputs stay float, behind a last
+DequantizeLinear. Values that are no floats are left alone. An asymmetric range of unsigned integers contains 0, so that
+0 is exact.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ class _Pass:
 
     def _fold_constants(self, node: ir.Node) -> None:
         """Let a node read its float constants as integers."""
+        if node.op_type == "MatMulNBits":
+            return  # all it reads but its first input is its weight
         for index, value in enumerate(node.inputs):
             if value is not None and value.is_initializer() and _is_float(value):
                 node.replace_input_with(index, self._constant(value, node))

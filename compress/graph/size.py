@@ -11,7 +11,7 @@ from __future__ import annotations
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from compress.contracts import Decoder, Encoder, Structure
+from compress.contracts import Decoder, Encoder, FloatType, Structure
 
 if TYPE_CHECKING:
     from compress.plan import Fate, Plan, StoredTensor
@@ -59,7 +59,7 @@ def predict_graph_bytes(plan: Plan) -> int:
         )
         for stored in fate.stored:
             total += _entry_bytes(stored) + uses * (len(stored.name) + 2)
-        total += _scales_extra(fate)
+        total += _scales_extra(fate, plan.float_type)
         if encoder is None and fate.kind == "matmul" and fate.scheme is None:
             total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
         if fate.tied and fate.scheme is not None:
@@ -141,9 +141,9 @@ def _shared_prefixes(structure: Structure) -> dict[str, int]:
     return {commonprefix(group): times for group in names.values()}
 
 
-def _scales_extra(fate: Fate) -> int:
+def _scales_extra(fate: Fate, floats: FloatType) -> int:
     scales = fate.part("scales")
-    if scales is None or (fate.scheme is not None and fate.scheme.activations != "none"):
+    if scales is None or scales.dtype == floats or (fate.scheme is not None and fate.scheme.activations != "none"):
         return 0
     if scales.dtype == "float16":
         return _CAST + 3 * len(scales.name)

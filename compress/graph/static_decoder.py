@@ -16,6 +16,11 @@ No operator writes into the cache: the new keys are put behind it for the produc
         rotary(x) = x * cos[p] + Concat(x2, x1) * [-sin, sin][p]          (x1, x2: the halves of x)
         scores    = MatMul(scale * q [1, K, G * new, D], keys^T [1, K, D, T]) + mask [1, 1, G * new, T]
     the mask  = Min(100 * (attention_mask - 1), 0 or -100 for what comes later)
+    MatMulNBits(x, codes, scales, bias)         ->  Add(MatMulNBits(x, codes, scales), bias)
+
+Weights in blocks of 4 bits keep MatMulNBits, the one operator here that is not standard: HTP has it, and multiplies it
+in 4 bits. DequantizeLinear of INT4 with a scale a channel and no zero point is taken too, and computed wrongly (QNN
+2.51).
 
 -100 and not the lowest number, as in ``graph/npu_mask.py``: integers of 16 bits hold it beside the scores.
 """
@@ -37,6 +42,8 @@ from compress.graph.rules._edit import constant, drop, forget, node, supersede
 
 _FLOAT, _INT64 = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
 _PAST, _PRESENT = "past_key_values.", "present."
+_BLOCKS = "com.microsoft.MatMulNBits"
+_BLOCKS_ZERO_POINTS, _BLOCKS_BIAS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,15 @@ def make_static(model: ir.Model, new: int, cache: int) -> dict[str, int]:
     for attention in nodes:
         _check(attention, sizes)
     norms = _split_norms(graph)
+    _split_biases(graph)
     inputs = _inputs(graph, sizes)
     shared = _Shared(graph, nodes[0], inputs, sizes)
     for attention in nodes:
         _Attention(graph, attention, sizes, shared).write_out()
     passes.RemoveUnusedNodesPass()(model)
-    model.opset_imports.pop("com.microsoft", None)
-    foreign = sorted({f"{node.domain}.{node.op_type}" for node in graph if node.domain})
+    if not _declare_blocks(graph, new):
+        model.opset_imports.pop("com.microsoft", None)
+    foreign = sorted({f"{node.domain}.{node.op_type}" for node in graph if node.domain} - {_BLOCKS})
     if foreign:
         raise UsageError(
             "the graph has operators that are not standard: " + ", ".join(foreign),
@@ -157,6 +166,43 @@ def _split_norms(graph: ir.Graph) -> int:
         if len(old.outputs) > 3:
             ir.convenience.replace_all_uses_with(old.outputs[3], total)
         drop(graph, [old])
+    return len(found)
+
+
+def _products(graph: ir.Graph) -> list[ir.Node]:
+    return [found for found in graph if found.op_type == "MatMulNBits"]
+
+
+def _split_biases(graph: ir.Graph) -> None:
+    """Add the biases of products of blocks behind them: HTP leaves a product with one to the CPU."""
+    for old in [product for product in _products(graph) if len(product.inputs) > _BLOCKS_BIAS]:
+        bias, output = old.inputs[_BLOCKS_BIAS], old.outputs[0]
+        used = _BLOCKS_ZERO_POINTS + (old.inputs[_BLOCKS_ZERO_POINTS] is not None)
+        product, total = ir.Value(name=f"{output.name}/product"), ir.Value(name=output.name)
+        attributes = {name: item.as_int() for name, item in old.attributes.items()}
+        node(graph, old, "MatMulNBits", old.inputs[:used], [product], domain="com.microsoft", **attributes)
+        node(graph, old, "Add", [product, bias], [total])
+        supersede(output, total)
+        drop(graph, [old])
+
+
+def _declare_blocks(graph: ir.Graph, new: int) -> int:
+    """Say what products of blocks give, which ONNX's shape inference does not know; returns how many there are.
+
+    Raises:
+        UsageError: Their scales are not stored as float32: a runtime would widen them as it loads, an NPU not.
+    """
+    found = _products(graph)
+    for product in found:
+        scales = product.inputs[2]
+        if scales is None or not scales.is_initializer() or scales.dtype != ir.DataType.FLOAT:
+            raise UsageError(
+                "blocks of 4 bits in a static graph have float32 scales",
+                where=product.name,
+                hint="--set quantize.scale_format=float32",
+            )
+        output = product.outputs[0]
+        output.shape, output.type = ir.Shape([1, new, product.attributes["N"].as_int()]), _FLOAT
     return len(found)
 
 

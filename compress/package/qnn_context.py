@@ -1,38 +1,44 @@
-"""Target ``qnn-context``: the graph compiled for one Qualcomm chip, so that a phone need not do it when it starts.
+"""Target ``qnn-context``: the graphs compiled for one Qualcomm chip, so that a phone need not do it when it starts.
 
 Compiling needs no device: QNN's library does it on x86-64 Linux for any chip it knows. In the artifact::
 
     qnn/SM8750/model_ctx.onnx        one EPContext node with the graph's inputs and outputs
     qnn/SM8750/model_ctx_qnn.bin     what it refers to, by a relative name
+    qnn/SM8750/decode_ctx.*          of a decoder: the same of the graph for one token
     qnn/SM8750/context.json          the chip, the versions, what was compiled
 
 They appear when all is done: compiled beside, loaded back in a process of its own, its outputs compared with those of
 the graph it was made from, then renamed. The chip's name is in the graph's metadata too: the simulator runs a binary of
 any chip, a device only its own, so :class:`compress.providers.qnn.QnnProvider` refuses a binary for another chip.
+
+A decoder's binaries do not share their weights: QNN compiles such a pair, but its simulator does not load it back, and
+what was not loaded back is not packaged (``docs/decisions/0020``).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from compress import providers
 from compress.contracts import Checkpoint, Encoder, Runtime, Structure
 from compress.errors import CompressError, ProviderError, UsageError
 from compress.package.manifest import digest
+from compress.package.qnn_samples import Samples, decoder_samples, encoder_samples, input_shapes
 from compress.package.staging import sync
 from compress.validate.protocol import Json, run_worker
+from compress.validate.static_decoding import DECODE_NAME
 
 TARGET = "qnn-context"
 PROVIDER = "qnn"
-FOLDER, NAME, RECORD = "qnn", "model_ctx.onnx", "context.json"
+FOLDER, RECORD = "qnn", "context.json"
 TIMEOUT_SECONDS = 1800.0
 #: HTP and the CPU round the same graph differently in the last bits: 0.9999 and more. A wrong kernel is far below (QNN
 #: 2.51 multiplies exactly 16 rows behind a LayerNormalization by 8-bit weights wrongly: 0.3).
@@ -41,18 +47,31 @@ _WORKER = "package.qnn_context_worker"
 
 
 @dataclass(frozen=True)
-class Context:
-    """A compiled graph.
-
-    Attributes:
-        model: The EPContext graph.
-        soc: The chip's name.
-        nbytes: Bytes of all its files.
-        compile_seconds: What compiling took.
-        load_seconds: What loading it back took.
-    """
+class Graph:
+    """A graph of static shapes to compile, and inputs to compare outputs on: a sample a row, by input name."""
 
     model: Path
+    samples: Samples
+
+    @property
+    def compiled(self) -> str:
+        """Return the name of what comes out: ``model_ctx.onnx`` of ``model.onnx``."""
+        return f"{self.model.stem}_ctx.onnx"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Compiled graphs.
+
+    Attributes:
+        models: The EPContext graphs, in the order of those they were made from.
+        soc: The chip's name.
+        nbytes: Bytes of all files.
+        compile_seconds: What compiling took.
+        load_seconds: What loading back took.
+    """
+
+    models: tuple[Path, ...]
     soc: str
     nbytes: int
     compile_seconds: float
@@ -60,8 +79,8 @@ class Context:
 
 
 def applies(structure: Structure) -> bool:
-    """Return whether the target can take such a model: an encoder, whose graph is one file."""
-    return isinstance(structure, Encoder)
+    """Return whether the target can take such a model: any, once its shapes are numbers."""
+    return True
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -75,79 +94,56 @@ def check(checkpoint: Checkpoint) -> None:
 
 def write(
     directory: Path,
-    encoder: Structure,
+    structure: Structure,
     checkpoint: Checkpoint,
     *,
     inputs: tuple[str, ...],
     options: Mapping[str, str] | None = None,
 ) -> None:
-    """Compile ``model.onnx`` for the chip that the profile's ``provider_options.soc_model`` names.
+    """Compile the artifact's graphs for the chip that the profile's ``provider_options.soc_model`` names.
 
     Raises:
-        UsageError: The graph has free dimensions, or no such chip is known.
-        CompressError: HTP does not take the graph, or the compiled one answers something else.
+        UsageError: A graph has free dimensions, or no such chip is known.
+        CompressError: HTP does not take a graph, or the compiled one answers something else.
     """
     from compress.providers.qnn import DEFAULT_SOC
 
-    model = directory / "model.onnx"
-    samples = encoder_samples(input_shapes(model), encoder.vocab_size)
-    compile_context(model, directory / FOLDER, (options or {}).get("soc_model", DEFAULT_SOC), samples)
+    soc = (options or {}).get("soc_model", DEFAULT_SOC)
+    model, decode = directory / "model.onnx", directory / DECODE_NAME
+    shapes, vocabulary = input_shapes(model), structure.vocab_size
+    if isinstance(structure, Encoder):
+        graphs = [Graph(model, encoder_samples(shapes, vocabulary))]
+    else:
+        runtime = providers.load(PROVIDER).runtime()
+        on_cpu = partial(run_on_cpu, model, soc, runtime=runtime)
+        several, one = decoder_samples(shapes, input_shapes(decode), vocabulary, on_cpu)
+        graphs = [Graph(model, several), Graph(decode, one)]
+    compile_context(graphs, directory / FOLDER, soc)
 
 
-def input_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Return the inputs of a graph with their shapes.
-
-    Raises:
-        UsageError: A dimension is free.
-    """
-    import onnx_ir as ir
-
-    found: dict[str, tuple[int, ...]] = {}
-    for value in ir.load(model).graph.inputs:
-        if value.shape is None or not value.shape.is_static():
-            raise UsageError(
-                f"input {value.name} has a free dimension: an NPU's graph has none",
-                where=str(model),
-                hint="--set graph.static_length=128",
-            )
-        found[str(value.name)] = value.shape.numpy()
-    return found
+def run_on_cpu(model: Path, soc: str, samples: Samples, *, runtime: Runtime) -> Samples:
+    """Return a graph's outputs on samples, a sample a row, from ONNX Runtime's CPU provider."""
+    with tempfile.TemporaryDirectory(prefix="compress-qnn-") as place:
+        given, output = Path(place) / "samples.npz", Path(place) / "outputs.npz"
+        np.savez(given, **samples)  # type: ignore[arg-type]
+        _ask("run", runtime, model=model, soc=soc, samples=given, output=output, provider="cpu")
+        with np.load(output) as stored:
+            return {name: stored[name] for name in stored.files}
 
 
-def encoder_samples(shapes: Mapping[str, tuple[int, ...]], vocab_size: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Return two seeded texts as inputs: a row each, one without padding and one that is half padding."""
-    generator = np.random.default_rng(0)
-    found = {name: np.zeros((2, *shape), np.int64) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        if name == "input_ids":
-            found[name][:] = generator.integers(0, vocab_size, (2, *shape))
-        elif name == "attention_mask":
-            found[name][0] = 1
-            found[name][1, :, : -(-shape[-1] // 2)] = 1
-    return found
-
-
-def compile_context(
-    model: Path,
-    folder: Path,
-    soc: str,
-    samples: Mapping[str, npt.NDArray[Any]],
-    *,
-    runtime: Runtime | None = None,
-) -> Context:
-    """Compile a graph of static shapes for a chip and put the result into ``folder`` under the chip's name.
+def compile_context(graphs: Sequence[Graph], folder: Path, soc: str, *, runtime: Runtime | None = None) -> Context:
+    """Compile graphs of static shapes for a chip and put the result into ``folder`` under the chip's name.
 
     Args:
-        model: The graph.
+        graphs: What to compile; at least one.
         folder: Made if it is missing; the chip's own folder must not be there yet.
         soc: A chip of ``compress.providers.qnn.SOC_MODELS``, by name.
-        samples: Inputs to compare outputs on: a sample a row, by input name.
         runtime: The Python that has QNN; by default the provider's.
 
     Raises:
         UsageError: No such chip is known, or its folder is there.
         ProviderError: QNN is not here, or HTP computes something else than the CPU does.
-        CompressError: A node cannot run on HTP, or the compiled graph answers something else than the graph.
+        CompressError: A node cannot run on HTP, or a compiled graph answers something else than the graph.
     """
     from compress.providers.qnn import soc_name
 
@@ -159,22 +155,12 @@ def compile_context(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        names = ("samples.npz", "graph.npz", "context.npz", "cpu.npz")
-        given, own, back, plain = (beside / name for name in names)
-        np.savez(given, **dict(samples))  # type: ignore[arg-type]
-        compiled = _ask("compile", started, model=model, soc=soc, output=beside / NAME)
-        _ask("run", started, model=model, soc=soc, samples=given, output=own)
-        _ask("run", started, model=model, soc=soc, samples=given, output=plain, provider="cpu")
-        _agree(plain, own, model)
-        loaded = _ask("run", started, model=beside / NAME, soc=soc, samples=given, output=back)
-        _compare(own, back, soc)
-        for path in (given, own, back, plain):
-            path.unlink()
+        answers = [_compile(graph, beside, soc, started) for graph in graphs]
         record = {
             "soc_model": soc,
-            "graph": {"name": model.name, "sha256": digest(model)},
-            "versions": loaded["versions"],
-            "compared": {"samples": len(next(iter(samples.values()))), "outputs": "equal"},
+            "graphs": [{"name": graph.model.name, "sha256": digest(graph.model)} for graph in graphs],
+            "versions": answers[0][1]["versions"],
+            "compared": {"samples": sum(_count(graph) for graph in graphs), "outputs": "equal"},
         }
         (beside / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in beside.iterdir():
@@ -183,8 +169,30 @@ def compile_context(
         beside.rename(final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    seconds = float(compiled["results"][0]["seconds"])
-    return Context(final / NAME, soc, nbytes, seconds, float(loaded["load_seconds"]))
+    compile_seconds = sum(float(compiled["results"][0]["seconds"]) for compiled, _ in answers)
+    load_seconds = sum(float(loaded["load_seconds"]) for _, loaded in answers)
+    return Context(tuple(final / graph.compiled for graph in graphs), soc, nbytes, compile_seconds, load_seconds)
+
+
+def _compile(graph: Graph, beside: Path, soc: str, runtime: Runtime) -> tuple[Json, Json]:
+    """Compile one graph, compare it with itself and with the CPU; returns the answers of compiling and loading back."""
+    model, output = graph.model, beside / graph.compiled
+    names = ("samples.npz", "graph.npz", "context.npz", "cpu.npz")
+    given, own, back, plain = (beside / name for name in names)
+    np.savez(given, **graph.samples)  # type: ignore[arg-type]
+    compiled = _ask("compile", runtime, model=model, soc=soc, output=output)
+    _ask("run", runtime, model=model, soc=soc, samples=given, output=own)
+    _ask("run", runtime, model=model, soc=soc, samples=given, output=plain, provider="cpu")
+    _agree(plain, own, model)
+    loaded = _ask("run", runtime, model=output, soc=soc, samples=given, output=back)
+    _compare(own, back, soc)
+    for path in (given, own, back, plain):
+        path.unlink()
+    return compiled, loaded
+
+
+def _count(graph: Graph) -> int:
+    return len(next(iter(graph.samples.values())))
 
 
 def _ask(action: str, runtime: Runtime, **paths: object) -> Json:

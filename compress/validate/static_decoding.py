@@ -23,6 +23,8 @@ _PAST, _PRESENT = "past_key_values.", "present."
 def decode_graph(model: Path, session: Any) -> Path | None:  # noqa: ANN401 - onnxruntime has no stubs
     """Return where the other graph of a static decoder is, ``None`` if the session's graph is none.
 
+    It is ``decode.onnx`` beside ``model.onnx``, and ``decode_ctx.onnx`` beside a compiled ``model_ctx.onnx``.
+
     Raises:
         CompressError: It is missing.
     """
@@ -30,9 +32,10 @@ def decode_graph(model: Path, session: Any) -> Path | None:  # noqa: ANN401 - on
     past = [shape for name, shape in shapes.items() if name.startswith(_PAST)]
     if not past or not all(isinstance(size, int) for shape in past for size in shape):
         return None
-    path = model.with_name(DECODE_NAME)
+    stem = model.stem.removeprefix("model") if model.stem.startswith("model") else ""
+    path = model.with_name(f"{Path(DECODE_NAME).stem}{stem}.onnx")
     if not path.is_file():
-        raise CompressError(f"a static decoder needs {DECODE_NAME} beside {model.name}", where=str(model.parent))
+        raise CompressError(f"a static decoder needs {path.name} beside {model.name}", where=str(model.parent))
     return path
 
 

@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from compress.errors import CompressError, ProviderError, UsageError
-from compress.package import qnn_context
+from compress.package import qnn_context, qnn_samples
+from compress.package.qnn_context import Graph
 from compress.package.qnn_metadata import add_metadata
 from compress.validate.protocol import run_worker
 from compress.validate.worker import placement
@@ -38,7 +39,7 @@ def artifact(tiny_artifact: Callable[..., Path]) -> Path:
 
 
 def samples(model: Path) -> dict[str, np.ndarray]:
-    return dict(qnn_context.encoder_samples(qnn_context.input_shapes(model), VOCABULARY))
+    return qnn_samples.encoder_samples(qnn_samples.input_shapes(model), VOCABULARY)
 
 
 # ------------------------------------------------------------------------------------------------------ without QNN
@@ -67,7 +68,7 @@ def test_samples_are_whole_and_half_padded(artifact: Path) -> None:
 
 def test_a_graph_of_free_dimensions_is_refused(tiny_artifact: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="free dimension"):
-        qnn_context.input_shapes(tiny_artifact("bert:embedding", "float") / "model.onnx")
+        qnn_samples.input_shapes(tiny_artifact("bert:embedding", "float") / "model.onnx")
 
 
 def test_other_answers_are_an_error(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_wrong_kernel_is_told_from_other_rounding(tmp_path: Path) -> None:
 
 def test_an_unknown_chip_is_refused_before_work(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SM9999"):
-        qnn_context.compile_context(artifact / "model.onnx", tmp_path / "qnn", "SM9999", {})
+        qnn_context.compile_context([Graph(artifact / "model.onnx", {})], tmp_path / "qnn", "SM9999")
     assert not (tmp_path / "qnn").exists()
 
 
@@ -105,14 +106,14 @@ def test_an_unknown_chip_is_refused_before_work(artifact: Path, tmp_path: Path) 
 @needs_qnn
 def test_a_context_binary_answers_what_the_graph_answers(artifact: Path, tmp_path: Path) -> None:
     model = artifact / "model.onnx"
-    made = qnn_context.compile_context(model, tmp_path / "qnn", "SM8750", samples(model))
+    made = qnn_context.compile_context([Graph(model, samples(model))], tmp_path / "qnn", "SM8750")
     folder = tmp_path / "qnn" / "SM8750"
     assert sorted(path.name for path in folder.iterdir()) == ["context.json", "model_ctx.onnx", "model_ctx_qnn.bin"]
-    assert made.model == folder / "model_ctx.onnx"
+    assert made.models == (folder / "model_ctx.onnx",)
     assert made.nbytes == sum(path.stat().st_size for path in folder.iterdir())
     record = json.loads((folder / "context.json").read_text())
     assert (record["soc_model"], record["compared"]) == ("SM8750", {"outputs": "equal", "samples": 2})
-    (node,) = onnx.load(made.model, load_external_data=False).graph.node
+    (node,) = onnx.load(made.models[0], load_external_data=False).graph.node
     names = {item.name: item.s for item in node.attribute}
     assert node.op_type == "EPContext"
     assert names["ep_cache_context"] == b"model_ctx_qnn.bin"  # relative: the folder may be moved
@@ -124,14 +125,14 @@ def test_a_context_binary_answers_what_the_graph_answers(artifact: Path, tmp_pat
         run_worker("worker", {**request, "provider_options": {"soc_model": "SM8650"}}, timeout=120)
     with pytest.raises(CompressError, match="for this chip already"):
         (tmp_path / "qnn" / "SM8750").mkdir()
-        qnn_context.compile_context(model, tmp_path / "qnn", "SM8750", {})
+        qnn_context.compile_context([Graph(model, {})], tmp_path / "qnn", "SM8750")
 
 
 @needs_qnn
 def test_a_graph_that_htp_refuses_leaves_nothing(tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_artifact("bert:embedding", "float") / "model.onnx"
     with pytest.raises(ProviderError, match="HTP cannot compile"):
-        qnn_context.compile_context(model, tmp_path / "qnn", "SM8750", {"input_ids": np.zeros((1, 1))})
+        qnn_context.compile_context([Graph(model, {"input_ids": np.zeros((1, 1))})], tmp_path / "qnn", "SM8750")
     assert list((tmp_path / "qnn").iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The CUDA profile: its graph is checked anywhere, and run where there is a GPU."""
+"""The CUDA profiles: their graphs are checked anywhere, and run where there is a GPU."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from compress.validate.on_provider import Terms
 from compress.validate.speed import SpeedPlan
 
 
-@pytest.fixture(scope="module")
-def profile() -> Profile:
-    return load_profile("cuda-int4")
+@pytest.fixture(scope="module", params=["cuda-int4", "cuda-fp16"])
+def profile(request: pytest.FixtureRequest) -> Profile:
+    return load_profile(request.param)
 
 
 @pytest.fixture(scope="module")
 def artifact(tiny_model: Callable[[str], Path], profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama under the profile, not validated."""
+    """The tiny Llama under a profile, not validated."""
     output = tmp_path_factory.mktemp("cuda") / "artifact"
     model = pipeline.ModelReference(str(tiny_model("llama")))
     pipeline.export(model, profile, output, pipeline.ExportOptions(validate=False), Stages())
     return output
 
 
-def test_the_graph_passes_the_checker(artifact: Path) -> None:
+def test_the_graph_passes_the_checker(artifact: Path, profile: Profile) -> None:
     onnx.checker.check_model(str(artifact / "model.onnx"))
     graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
-    assert sum(node.op_type == "MatMulNBits" for node in graph.node) > 0
+    products = {node.op_type for node in graph.node if node.op_type.startswith("MatMul")}
+    assert products == {"MatMulNBits" if profile.name == "cuda-int4" else "MatMul"}
 
 
-def test_every_scheme_has_a_kernel(profile: Profile) -> None:
+def test_every_scheme_has_a_kernel() -> None:
+    profile = load_profile("cuda-int4")
     provider = providers.load("cuda")
     for role in ("qkv", "attention_output", "gate_up", "down", "head"):
         scheme = profile.quantize.scheme(role)  # type: ignore[arg-type]

@@ -20,9 +20,11 @@ pytestmark = pytest.mark.providers
 
 NEW, SLOTS, LENGTH, PREFILL = 16, 48, 40, 30
 SHORT = ("validation.tokens=32", "validation.window=32", "validation.prompt_tokens=16", "validation.new_tokens=16")
-CHANGES = (f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", "targets=[]", "quantize.algorithm=rtn", *SHORT)
-#: Observed: 2e-6. A prefill that sees what comes later is 0.1 and more away.
-LIMIT = 1e-4
+FAST = ("quantize.effort=fast", "quantize.algorithm=rtn", "targets=[]")
+CHANGES = (f"graph.static_length={NEW}", f"graph.cache_length={SLOTS}", *FAST, *SHORT)
+#: Observed: 2e-6, and 3e-4 where weights have 4 bits, whose products HTP rounds to 4e-4. A prefill that sees what comes
+#: later is 0.1 and more away, 4-bit weights that are read wrongly (a scale a channel, no zero point) 0.8.
+LIMITS = {"npu-qnn-int8": 1e-4, "npu-qnn-int4": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,17 @@ def run(artifact: Path, name: str, place: Path, runtime: Runtime | None) -> tupl
     return np.load(at_once), np.load(cached), answer
 
 
-def test_both_graphs_run_there_whole(tiny_artifact: Callable[..., Path], runtime: Runtime, tmp_path: Path) -> None:
-    artifact = tiny_artifact("llama", "npu-qnn-int8", *CHANGES)
+@pytest.mark.parametrize("profile", LIMITS)
+def test_both_graphs_run_there_whole(
+    profile: str, tiny_artifact: Callable[..., Path], runtime: Runtime, tmp_path: Path
+) -> None:
+    artifact, limit = tiny_artifact("llama", profile, *CHANGES), LIMITS[profile]
     wanted, decoded, _ = run(artifact, "cpu", tmp_path, None)
     found, cached, answer = run(artifact, "qnn", tmp_path, runtime)
     placed = answer["placement"]
     assert placed["nodes_on_provider"] == placed["nodes_total"] > 0
     assert placed["fallback_nodes"] == []
-    assert divergence(wanted, found) < LIMIT
-    assert divergence(decoded, cached) < LIMIT
+    assert divergence(wanted, found) < limit
+    assert divergence(decoded, cached) < limit
     # Negative control: the neighbouring position's logits are something else.
-    assert divergence(wanted[1:], found[:-1]) > 100 * LIMIT
+    assert divergence(wanted[1:], found[:-1]) > 100 * limit

@@ -68,11 +68,11 @@ class Weights:
         return self.value(stored) if stored is not None else None
 
     def scales(self, fate: Fate, before: ir.Node) -> ir.Value:
-        """Return float32 scales: smaller formats get a Cast (and a Mul), which runtimes fold when they load."""
+        """Return scales of the graph's float type: smaller ones get a Cast (and a Mul), which runtimes fold at load."""
         stored = fate.part("scales")
         assert stored is not None
         value = self.value(stored)
-        if stored.dtype == "float32":
+        if stored.dtype == self.plan.float_type:
             return value
         if fate.name not in self._widened:
             wide = ir.Value(name=f"{stored.name}.float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
