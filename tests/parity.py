@@ -54,14 +54,14 @@ def expected_logits(model: Any) -> Expected:
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
                 positions = torch.tensor([[length + step] for length in lengths])
                 out = model(
-                    input_ids=torch.tensor(new[step]), attention_mask=mask, position_ids=positions, past_key_values=past
+                    input_ids=torch.tensor(new[step]), attention_mask=mask, position_ids=positions, cache=past
                 )
                 past, decode[step] = out.past_key_values, out.logits[:, -1].numpy()
         else:
             for row, length in enumerate(lengths):
                 past = model(input_ids=torch.tensor(ids[row : row + 1, :length]), use_cache=True).past_key_values
                 for step in range(STEPS):
-                    out = model(input_ids=torch.tensor(new[step, row : row + 1]), past_key_values=past)
+                    out = model(input_ids=torch.tensor(new[step, row : row + 1]), cache=past)
                     past, decode[step, row] = out.past_key_values, out.logits[0, -1].numpy()
     return Expected(ids, new, prefill.logits.numpy(), decode)
 

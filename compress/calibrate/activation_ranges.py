@@ -2,12 +2,20 @@
 
 The graph is the artifact's own, its weights quantized, its activations not yet. A worker runs it on onnxruntime's CPU
 provider with one thread, so that neither the machine nor its load changes a bit of what comes out.
+
+Before -> after, for every watched x (its users stay as they are)::
+
+    x                   ->  ReduceMin(x), ReduceMax(x), ReduceSum(x * 0)        # outputs, a number each
+
+The last is 0, or NaN where anything in x is not finite: ONNX Runtime's least and greatest values pass over a NaN.
+Tensors themselves as outputs were rejected: ONNX Runtime holds all outputs of a graph until a run ends, whichever are
+asked for (60 tensors of 10 MB: 604 MB; with the last one as the only output: 20 MB), which grows with every layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +25,11 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.finished import serialize
+from compress.graph.rules._edit import append, constant, forget
 from compress.validate.protocol import run_worker
 
 TIMEOUT_SECONDS = 3600.0
-#: Bytes of tensors that one run hands out; a graph with more is run several times a sample.
-RUN_BYTES = 128 << 20
-_GRAPH, _SAMPLES = ".ranges.onnx", ".ranges.npz"
+_GRAPH, _SAMPLES, _ZERO = ".ranges.onnx", ".ranges.npz", ".ranges.zero"
 
 
 def observe(
@@ -37,7 +44,7 @@ def observe(
 
     Args:
         model: Static shapes; not changed.
-        values: Of its graph, with types and shapes.
+        values: Of its graph, float.
         samples: By input name, one sample a row: the input's own shape behind the first axis.
         directory: Where the graph's external data lies; the graph is written beside it for a while.
         progress: Called with the fraction that is done.
@@ -45,22 +52,17 @@ def observe(
     Raises:
         CompressError: An input has no samples, or a value is not finite on one.
     """
-    names = [value.name or "" for value in values]
     count = _check(model.graph, samples)
-    outputs = list(model.graph.outputs)
     graph, data = directory / _GRAPH, directory / _SAMPLES
     try:
-        model.graph.outputs.extend(value for value in values if not value.is_graph_output())
-        try:
+        with _watched(model.graph, values):
             serialize(model, graph)
-        finally:
-            model.graph.outputs[:] = outputs
         np.savez(data, **dict(samples))  # type: ignore[arg-type]
         request = {
             "model": str(graph),
             "samples": str(data),
             "count": count,
-            "groups": _groups(values),
+            "values": [value.name for value in values],
             "threads": 1,
         }
         response = run_worker("calibrate.activation_worker", request, timeout=TIMEOUT_SECONDS, progress=progress)
@@ -68,7 +70,33 @@ def observe(
         graph.unlink(missing_ok=True)
         data.unlink(missing_ok=True)
     found: dict[str, list[float]] = response["results"][0]["ranges"]
-    return {name: (found[name][0], found[name][1]) for name in names}
+    return {name: (low, high) for name, (low, high) in found.items()}
+
+
+@contextmanager
+def _watched(graph: ir.Graph, values: Sequence[ir.Value]) -> Iterator[None]:
+    """Let a graph's outputs be the least value, the greatest one and the check of every value, in this order."""
+    outputs, zero = list(graph.outputs), constant(graph, _ZERO, np.zeros((), np.float32))
+    made: list[ir.Value] = []
+    try:
+        graph.outputs.clear()
+        for value in values:
+            low = append(graph, "ReduceMin", [value], f"{value.name}/least", keepdims=0)
+            high = append(graph, "ReduceMax", [value], f"{value.name}/greatest", keepdims=0)
+            nothing = append(graph, "Mul", [value, zero], f"{value.name}/nothing")
+            check = append(graph, "ReduceSum", [nothing], f"{value.name}/check", keepdims=0)
+            made += [low, high, nothing, check]
+            for output in (low, high, check):
+                output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+                graph.outputs.append(output)
+        yield
+    finally:
+        graph.outputs[:] = outputs
+        for output in reversed(made):
+            node = output.producer()
+            assert node is not None
+            graph.remove(node, safe=True)
+        forget(graph, zero)
 
 
 def _check(graph: ir.Graph, samples: Mapping[str, npt.NDArray[Any]]) -> int:
@@ -85,18 +113,3 @@ def _check(graph: ir.Graph, samples: Mapping[str, npt.NDArray[Any]]) -> int:
     if len(counts) != 1 or not min(counts):
         raise CompressError(f"calibration has {sorted(counts)} samples of the graph's inputs")
     return counts.pop()
-
-
-def _groups(values: Sequence[ir.Value]) -> list[list[str]]:
-    """Return the values' names in groups that together are at most :data:`RUN_BYTES`, or one value."""
-    groups: list[list[str]] = []
-    size = RUN_BYTES
-    for value in values:
-        assert value.shape is not None
-        nbytes = 4 * math.prod(value.shape.numpy())
-        if size + nbytes > RUN_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(value.name or "")
-        size += nbytes
-    return groups

@@ -1,8 +1,8 @@
 """The worker that watches a static graph's tensors: ``python -m compress.calibrate.activation_worker``.
 
-Request (see ``validate.protocol``): ``model`` (a graph all of whose watched values are outputs), ``samples`` (``.npz``,
-a row a sample, by input name), ``count`` (rows), ``groups`` [[names] fetched in one run]. It answers ``ranges`` {name:
-[least, greatest]}, float32 numbers.
+Request (see ``validate.protocol``): ``model`` (a graph whose outputs are three numbers a watched value: its least, its
+greatest, and 0 or NaN if it is not finite), ``values`` [name], ``samples`` (``.npz``, a row a sample, by input name),
+``count`` (rows). It answers ``ranges`` {name: [least, greatest]}, float32 numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compress.validate.protocol import Json, peak_rss_bytes, report_progress, se
 
 
 def handle(request: Json, job: Path) -> Json:
-    """Run every sample, a group of outputs at a time."""
+    """Run every sample."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -25,20 +25,20 @@ def handle(request: Json, job: Path) -> Json:
     # Nothing may be fused: every value between nodes is one that the integer graph has.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
-    ranges: dict[str, list[float]] = {}
-    count = int(request["count"])
+    names, count = request["values"], int(request["count"])
+    least, greatest = np.full(len(names), np.inf, np.float32), np.full(len(names), -np.inf, np.float32)
     with np.load(request["samples"]) as stored:
         samples = {name: stored[name] for name in stored.files}
     for index in range(count):
-        feeds = {name: rows[index] for name, rows in samples.items()}
-        for names in request["groups"]:
-            for name, array in zip(names, session.run(names, feeds), strict=True):
-                low, high = float(array.min()), float(array.max())
-                if not np.isfinite([low, high]).all():
-                    raise CompressError("a tensor is not finite on a calibration sample", where=name)
-                known = ranges.setdefault(name, [low, high])
-                ranges[name] = [min(known[0], low), max(known[1], high)]
+        found = session.run(None, {name: rows[index] for name, rows in samples.items()})
+        numbers = np.array(found, np.float32).reshape(len(names), 3)
+        wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1))
+        if len(wrong):
+            raise CompressError("a tensor is not finite on a calibration sample", where=names[wrong[0]])
+        np.minimum(least, numbers[:, 0], out=least)
+        np.maximum(greatest, numbers[:, 1], out=greatest)
         report_progress(job, (index + 1) / count)
+    ranges = {name: [float(low), float(high)] for name, low, high in zip(names, least, greatest, strict=True)}
     result: Json = {"ranges": ranges}
     return {"results": [result], "load_seconds": None, "peak_rss_bytes": peak_rss_bytes(), "placement": None}
 

@@ -129,7 +129,7 @@ def _fill(model: Any, writer: Writer, pieces: Windows, limit: int) -> Iterator[i
         seen = torch.from_numpy((np.arange(position) >= begins[:, None]).astype(np.int64))
         mask = None if seen.all() else seen
         with torch.inference_mode():
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1)
         pieces[:, position] = writer.next(out.logits[:, -1, :limit].numpy())
         yield position + 1
 

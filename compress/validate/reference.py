@@ -123,7 +123,7 @@ def _generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float,
     steps = []
     for _ in range(new_tokens):
         start = time.perf_counter()
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, cache=out.past_key_values, use_cache=True, logits_to_keep=1)
         ids = out.logits[:, -1].argmax(-1, keepdim=True)
         steps.append(time.perf_counter() - start)
     return prefill, steps
