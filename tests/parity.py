@@ -53,9 +53,7 @@ def expected_logits(model: Any) -> Expected:
             for step in range(STEPS):
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
                 positions = torch.tensor([[length + step] for length in lengths])
-                out = model(
-                    input_ids=torch.tensor(new[step]), attention_mask=mask, position_ids=positions, cache=past
-                )
+                out = model(input_ids=torch.tensor(new[step]), attention_mask=mask, position_ids=positions, cache=past)
                 past, decode[step] = out.past_key_values, out.logits[:, -1].numpy()
         else:
             for row, length in enumerate(lengths):

@@ -21,7 +21,10 @@ def units(count: int = 12, size: int = 1, outputs: int = 5, seed: int = 0, class
     width = count * size
     x = draw.normal(size=(400, width)) @ (np.eye(width) + 0.5 * draw.normal(size=(width, width)) / width**0.5)
     moments = (x.T @ x / len(x)).astype(np.float32)
-    weight, produced = draw.normal(size=(outputs, width)).astype(np.float32), draw.uniform(1, 2, width).astype(np.float32)
+    weight, produced = (
+        draw.normal(size=(outputs, width)).astype(np.float32),
+        draw.uniform(1, 2, width).astype(np.float32),
+    )
     kinds = np.arange(count) // (count // classes) if classes > 1 else None
     return Units(weight, produced, moments, size, kinds)
 

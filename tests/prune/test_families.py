@@ -51,7 +51,9 @@ def pruned(source: Path, output: Path, *overrides: str) -> dict[str, Any]:
 
 def loaded(directory: Path) -> Any:
     config = json.loads((directory / "config.json").read_text())
-    model, found = getattr(transformers, config["architectures"][0]).from_pretrained(directory, output_loading_info=True)
+    model, found = getattr(transformers, config["architectures"][0]).from_pretrained(
+        directory, output_loading_info=True
+    )
     wrong = {key: names for key, names in found.items() if key != "error_msgs" and names}
     assert not wrong, wrong
     return model.eval()
@@ -106,9 +108,7 @@ def test_what_is_left_is_the_source_with_silent_parts(
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
-def test_the_graph_of_what_is_left_equals_pytorch(
-    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_graph_of_what_is_left_equals_pytorch(name: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Pruned, fitted, exported: heads that a config cannot leave out are not in the graph."""
     overrides = (*SMALL, *amounts_of(name), "graph.pooling=none")
     source, output = tiny_model(name), tmp_path / "artifact"

@@ -135,9 +135,7 @@ def test_what_a_failed_run_left_is_no_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("evidence", ["simulated", "emulated"])
-def test_a_simulators_time_is_no_speed(
-    evidence: Evidence, artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_simulators_time_is_no_speed(evidence: Evidence, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "load", planted("none", evidence))
     budgets = {"min_speedup_vs_onnx_float": 1e-6}
     found = run(artifact, None, budgets=budgets)
