@@ -298,7 +298,8 @@ def test_a_chat_keeps_its_words(made: Make, tmp_path: Path) -> None:
     assert number not in choose(source, text(), vocab_size=rows, config={}).kept
 
 
-@pytest.mark.slow  # each conversion imports transformers and torch
+@pytest.mark.timeout(900)  # each of two conversions imports transformers and torch
+@pytest.mark.slow
 def test_a_tokenizer_that_is_only_a_list_of_words(made: Make, tmp_path: Path) -> None:
     """transformers converts it; the result has a tokenizer.json."""
     source = tmp_path / "a"
@@ -313,11 +314,14 @@ def test_a_tokenizer_that_is_only_a_list_of_words(made: Make, tmp_path: Path) ->
     ids = Tokenizer.from_str(files["tokenizer.json"].decode()).encode(text()).ids
     assert trimmed.kept[ids].tolist() == plain(made("wordpiece")).encode(text()).ids
     assert str(tmp_path) not in files["tokenizer_config.json"].decode()
-    (source / "vocab.txt").unlink()
-    (source / "tokenizer_config.json").unlink()
-    (source / "tokenizer.model").write_bytes(b"not one")
+
+
+@pytest.mark.slow
+def test_files_that_transformers_cannot_convert(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"not one")
     with pytest.raises(SourceError, match=r"only be trimmed with a tokenizer\.json, and none can be made"):
-        choose(source, text(), vocab_size=rows, config={})
+        choose(tmp_path, text(), vocab_size=1000, config={})
 
 
 def real(name: str) -> Any:
