@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.report.allocation import role_rows
+from compress.report.chain import lost
 from compress.report.frontier import frontier_text
 from compress.report.model import (
     Allocation,
@@ -22,6 +23,7 @@ from compress.report.model import (
     Latency,
     MeasuredPoint,
     ProviderVerdict,
+    Pruning,
     Rate,
     Report,
     Size,
@@ -41,6 +43,8 @@ def show(report: Report, console: Console) -> None:
         _show_calibration(report.calibration, console)
     for speed in report.speed:
         _print(console, f"speed on {speed.provider} ({speed.evidence}, {speed.threads} threads)", speed_rows(speed))
+    if report.pruning is not None:
+        _print(console, "pruned, then quantized", chain_rows(report.pruning))
     if report.providers:
         _print(console, "providers", provider_rows(report.providers))
     if report.allocation is not None:
@@ -53,6 +57,18 @@ def show(report: Report, console: Console) -> None:
             for s in report.stages
         )
         _print(console, "stages (time, peak memory)", peaks)
+
+
+def chain_rows(pruning: Pruning) -> list[tuple[str, str]]:
+    """Return a line a step: its size, its speed beside the source's float graph, and what is lost since the source."""
+    rows = []
+    for item in pruning.chain:
+        parts = [size(item.bytes)]
+        if item.speedup_vs_source and item.step != "source":
+            parts.append(f"{item.speedup_vs_source:.2f}x as fast")
+        parts.append(lost(item.drift))
+        rows.append((item.step, ", ".join(part for part in parts if part)))
+    return rows
 
 
 def provider_rows(found: Iterable[ProviderVerdict]) -> list[tuple[str, str]]:
