@@ -1,7 +1,7 @@
 """Measured points on disk, one file for each machine: a second prediction takes no time.
 
-A file is named after everything that a time depends on: processor and instruction sets, cores, onnxruntime, threads, how
-the parts are built and measured. Whatever is wrong with a file counts as absent, and is measured again.
+A file is named after everything that a time depends on: processor and instruction sets, cores, onnxruntime, threads,
+how the parts are built and measured. Whatever is wrong with a file counts as absent, and is measured again.
 """
 
 from __future__ import annotations

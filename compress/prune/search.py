@@ -164,8 +164,8 @@ def most_within(
 ) -> tuple[Mix, Mapping[Amounts, float]]:
     """Find by bisection the fastest mix of a frontier whose measured loss keeps a limit.
 
-    The measured loss is taken to rise along the frontier; where it does not, a mix that keeps the limit is found, though
-    perhaps not the fastest. A frontier of fewer than ``2 ** measurements`` mixes is searched to the end.
+    The measured loss is taken to rise along the frontier; where it does not, a mix that keeps the limit is found,
+    though perhaps not the fastest. A frontier of fewer than ``2 ** measurements`` mixes is searched to the end.
 
     Args:
         frontier: Of :func:`choose`, slowest first. A first mix that loses nothing is the model as it is: not measured.
