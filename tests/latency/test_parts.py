@@ -154,15 +154,13 @@ def test_everything_that_matters_is_in_the_key(tiny_model: Callable[[str], Path]
     parts = list(geometry(tiny_model("llama"), "x86-int4").parts())
     ff = next(part for part in parts if isinstance(part, FeedForward))
     point = Point(ff, Workload(1, 1, 128), 6, 100)
+    ways = ({"bits": 8}, {"block_size": 64}, {"symmetric": True}, {"dynamic": True}, {"accuracy_level": 0})
     others = [
         replace(point, copies=7),
         replace(point, others=101),
         *(replace(point, workload=Workload(*sizes)) for sizes in ((2, 1, 128), (1, 2, 128), (1, 1, 129))),
         *(replace(point, part=replace(ff, **change)) for change in ({"hidden": 65}, {"inner": 161})),
-        *(
-            replace(point, part=replace(ff, up=replace(ff.up, **change)))
-            for change in ({"bits": 8}, {"block_size": 64}, {"symmetric": True}, {"dynamic": True}, {"accuracy_level": 0})
-        ),
+        *(replace(point, part=replace(ff, up=replace(ff.up, **way))) for way in ways),
         replace(point, part=replace(ff, style=replace(ff.style, tanh=True))),
     ]
     assert len({other.key for other in [point, *others]}) == len(others) + 1
