@@ -20,10 +20,11 @@ from compress.latency.store import Store
 from compress.validate.protocol import run_worker
 
 #: Weights of a chain, at least where a few copies have as many: several of each core's own caches.
-CHAIN_BYTES = 16 << 20
+CHAIN_BYTES = 32 << 20
 #: Bytes of other weights beyond which every processor's shared cache holds nothing of a part any more.
 MAX_FOOTPRINT = 256 << 20
-_FEWEST_COPIES, _MOST_COPIES = 2, 32
+#: Fewer would show what it costs to come back to a processor that has just read something else.
+_FEWEST_COPIES, _MOST_COPIES = 6, 32
 _ROUNDS, _SECONDS = 4, 0.06
 _TIMEOUT = 3600.0
 #: FFN neurons below this are measured as they are.
@@ -188,8 +189,7 @@ def _point(part: Part, workload: Workload, footprint: int) -> Point:
     if isinstance(part, Ends | Empty):
         return Point(part, workload, 1, 0)
     copies = min(max(-(-CHAIN_BYTES // part.nbytes), _FEWEST_COPIES), _MOST_COPIES)
-    if part.nbytes * copies > MAX_FOOTPRINT:
-        copies = 1
+    copies = min(copies, max(1, MAX_FOOTPRINT // part.nbytes))
     # To a power of two: models of nearly one size share their points.
     whole = min(1 << round(math.log2(max(1, footprint))), MAX_FOOTPRINT)
     return Point(part, workload, copies, max(0, whole - part.nbytes * copies))
