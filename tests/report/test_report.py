@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from rich.console import Console
 from compress.errors import CompressError
 from compress.report import environment, terminal
 from compress.report import json as report_json
+from compress.report.chain import chain_svg
 from compress.report.model import EncoderDrift, EncoderSpeed, Report
 
 REPORT: dict[str, Any] = {
@@ -228,11 +230,42 @@ def test_it_survives_the_round_trip_byte_by_byte(report: Report, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_the_chain_has_a_line_a_step(report: Report) -> None:
+    drift = REPORT["drift"]
+    source, less = (
+        {
+            "step": step,
+            "bytes": size,
+            "size_factor": None,
+            "speedup_vs_source": speed,
+            "speed_factor": None,
+            "drift": lost,
+        }
+        for step, size, speed, lost in (("source", 4000, 1.0, None), ("pruned", 2500, 1.5, drift))
+    )
+    sizes = {"inner": 8, "heads": 2, "kv_heads": 1, "layers": 2}
+    pruning = {
+        "before": sizes,
+        "after": {**sizes, "inner": 4},
+        "layers": [0, 1],
+        "algorithm": "surgeon",
+        "recover": "refit",
+        "chain": [source, less],
+    }
+    made = Report.model_validate({**REPORT, "pruning": pruning})
+    text = shown(made, 100)
+    assert "pruned, then quantized" in text and "2.5 kB, 1.50x as fast, KL " in text
+    assert "pruned, then quantized" not in shown(report, 100)
+    picture = chain_svg(made.pruning.chain if made.pruning is not None else ())
+    assert picture.count("<rect") == 5 and "1.50x as fast" in picture
+    ElementTree.fromstring(picture)
+
+
 def test_keys_are_sorted_and_complete(report: Report) -> None:
     document = json.loads(report_json.dumps(report))
     assert list(document) == sorted(document)
     assert list(document["drift"]) == sorted(document["drift"])
-    assert set(REPORT) == set(document)
+    assert {*REPORT, "pruning"} == set(document)
     assert document["speed"][0]["speedup_vs_pytorch"] is None  # not measured is said, not left out
 
 
