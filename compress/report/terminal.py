@@ -61,7 +61,7 @@ def show(report: Report, console: Console) -> None:
 
 def chain_rows(pruning: Pruning) -> list[tuple[str, str]]:
     """Return a line a step: its size, its speed beside the source's float graph, and what is lost since the source."""
-    rows = []
+    rows: list[tuple[str, str]] = []
     for item in pruning.chain:
         parts = [size(item.bytes)]
         if item.speedup_vs_source and item.step != "source":
