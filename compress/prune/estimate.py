@@ -9,14 +9,16 @@ from __future__ import annotations
 from compress.contracts import Encoder, Structure
 from compress.profile import Profile
 from compress.prune.amounts import Amounts, full
+from compress.prune.surgeon import WIDE
 
 #: torch and transformers, imported; encoders' classes and optimum's tasks too.
 _LIBRARIES = 480_000_000
 _FLOAT, _DOUBLE = 4, 8
 #: Hidden states that are alive at once: inputs, outputs and the pruned stream of both, and what is wanted.
 _STATES = 7
-#: Copies of a linear's second moments: sums, what is solved, and LAPACK's own; of the surgeon's inverse likewise.
-_SQUARES = 3.5
+#: Arrays of the second moments' size that are alive at once: while units are chosen (moments, their inverse, what is
+#: left of it), and while weights are fitted (sums, what is solved, LAPACK's own).
+_CHOOSING, _FITTING = 4, 3
 #: Tokens whose hidden states are kept of every block, to choose the blocks that go.
 STATE_TOKENS = 512
 
@@ -41,7 +43,9 @@ def prune_bytes(structure: Structure, profile: Profile, amounts: Amounts, *, tex
     widest = max(amounts.inner, amounts.heads * structure.head_dim)
     source = max(have.inner, have.heads * structure.head_dim)
     states = _STATES * tokens * hidden * _FLOAT
-    linear_bytes = tokens * (source + widest) * _FLOAT + int(_SQUARES * source * source * _DOUBLE)
+    choosing = _CHOOSING * source * source * (_FLOAT if source >= WIDE else _DOUBLE)
+    fitting = _FITTING * widest * widest * _DOUBLE
+    linear_bytes = tokens * (source + widest) * _FLOAT + max(choosing, fitting)
     if amounts.layers < have.layers:
         states += (have.layers + 1) * STATE_TOKENS * hidden * _FLOAT
     return _LIBRARIES + weights + max(states + linear_bytes, 2 * tables)

@@ -26,7 +26,7 @@ DAMPING = 1e-2
 #: Single channels that are removed at once: this part of those that are left.
 _AT_ONCE = 64
 #: From so many channels on H^-1 is kept in float32: 8,192 channels take 512 MB in float64, twice while it is inverted.
-_WIDE = 6000
+WIDE = 6000
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -63,7 +63,7 @@ class _State:
 
     def __init__(self, units: Units) -> None:
         assert units.moments is not None
-        kind = np.float32 if units.weight.shape[1] >= _WIDE else np.float64
+        kind = np.float32 if units.weight.shape[1] >= WIDE else np.float64
         moments: Floats = units.moments.astype(kind)
         self.power = float(np.einsum("nk,nk->", units.weight @ units.moments, units.weight, dtype=np.float64))
         mean = float(np.diagonal(units.moments).mean(dtype=np.float64))
