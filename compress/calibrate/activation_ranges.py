@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.finished import serialize
-from compress.graph.rules._edit import append, constant, forget
+from compress.graph.rules._edit import constant, forget
 from compress.validate.protocol import run_worker
 
 TIMEOUT_SECONDS = 3600.0
@@ -76,27 +76,37 @@ def observe(
 @contextmanager
 def _watched(graph: ir.Graph, values: Sequence[ir.Value]) -> Iterator[None]:
     """Let a graph's outputs be the least value, the greatest one and the check of every value, in this order."""
-    outputs, zero = list(graph.outputs), constant(graph, _ZERO, np.zeros((), np.float32))
-    made: list[ir.Value] = []
+    outputs, first = list(graph.outputs), graph[0]
+    zero = constant(graph, _ZERO, np.zeros((), np.float32))
+    made: list[ir.Node] = []
     try:
         graph.outputs.clear()
         for value in values:
-            low = append(graph, "ReduceMin", [value], f"{value.name}/least", keepdims=0)
-            high = append(graph, "ReduceMax", [value], f"{value.name}/greatest", keepdims=0)
-            nothing = append(graph, "Mul", [value, zero], f"{value.name}/nothing")
-            check = append(graph, "ReduceSum", [nothing], f"{value.name}/check", keepdims=0)
-            made += [low, high, nothing, check]
-            for output in (low, high, check):
-                output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-                graph.outputs.append(output)
+            nodes = _reductions(value, zero)
+            made += nodes
+            # The worker runs nodes in the order of the graph: each tensor is read at once, then it is free.
+            if (producer := value.producer()) is None:
+                graph.insert_before(first, nodes)
+            else:
+                graph.insert_after(producer, nodes)
+            graph.outputs.extend(node.outputs[0] for node in nodes if node.op_type != "Mul")
         yield
     finally:
         graph.outputs[:] = outputs
-        for output in reversed(made):
-            node = output.producer()
-            assert node is not None
-            graph.remove(node, safe=True)
+        graph.remove(made, safe=True)
         forget(graph, zero)
+
+
+def _reductions(value: ir.Value, zero: ir.Value) -> list[ir.Node]:
+    """Return the nodes of a value's least number, its greatest one, and its check."""
+
+    def reduced(op_type: str, of: ir.Value, name: str) -> ir.Node:
+        output = ir.Value(name=f"{value.name}/{name}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+        return ir.node(op_type, [of], outputs=[output], attributes={"keepdims": 0}, name=output.name)
+
+    nothing = ir.node("Mul", [value, zero], outputs=[ir.Value(name=f"{value.name}/nothing")])
+    low, high = reduced("ReduceMin", value, "least"), reduced("ReduceMax", value, "greatest")
+    return [low, high, nothing, reduced("ReduceSum", nothing.outputs[0], "check")]
 
 
 def _check(graph: ir.Graph, samples: Mapping[str, npt.NDArray[Any]]) -> int:

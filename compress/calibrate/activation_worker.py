@@ -22,6 +22,10 @@ def handle(request: Json, job: Path) -> Json:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # Memory is what is in use: by default the numbers of all tensors are computed last, which keeps all tensors, an
+    # arena grows by powers of two, and beside it a pattern reserves all that a run takes.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     # Nothing may be fused: every value between nodes is one that the integer graph has.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +14,7 @@ from compress.calibrate import encoder_ranges
 from compress.calibrate.activation_ranges import observe
 from compress.errors import CompressError
 from compress.validate.encoded import pack
+from compress.validate.protocol import Json, run_worker
 
 SHAPE = (2, 3)
 
@@ -70,6 +73,31 @@ def test_a_tensor_that_is_not_finite_is_named(
         observe(model, values(model), {"x": x}, tmp_path)
     assert caught.value.where == where
     assert list(tmp_path.iterdir()) == []
+
+
+def peak_of_a_chain(depth: int, place: Path) -> int:
+    """Return the worker's peak memory for a chain of tensors of 4 MB."""
+    shape, answers = (1024, 1024), list[Json]()
+    links = [ir.Value(name=f"v{i}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)) for i in range(depth)]
+    nodes = [ir.node("Cos", [before], outputs=[after]) for before, after in pairwise(links)]
+    graph = ir.Graph(links[:1], links[-1:], nodes=nodes, opset_imports={"": 21}, name="g")
+
+    def noted(*arguments: Any, **named: Any) -> Json:
+        answers.append(run_worker(*arguments, **named))
+        return answers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.calibrate.activation_ranges.run_worker", noted)
+        observe(ir.Model(graph, ir_version=10), links, {"v0": np.zeros((1, *shape), np.float32)}, place)
+    return int(answers[0]["peak_rss_bytes"])
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (peak_of_a_chain(depth, tmp_path) for depth in (10, 50))
+    assert many < few + (16 << 20)
+    # Negative control: numbers that are computed last keep 40 tensors more.
+    monkeypatch.setattr(ir.Graph, "insert_after", lambda graph, node, new: graph.extend(new))
+    assert peak_of_a_chain(50, tmp_path) > few + 40 * (4 << 20) * 0.8
 
 
 @pytest.mark.parametrize(
