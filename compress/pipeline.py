@@ -274,6 +274,12 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
             checks.check_unread(options)
             yield Planned(checkpoint, plan)
             return
+        if profile.prune.wanted:
+            raise UsageError(
+                "bits are chosen by the weights that pruning leaves, which a plan does not make",
+                where=f"profile {profile.name}",
+                hint="compress prune MODEL -o DIR first, then plan DIR without prune.*",
+            )
     with _whole(model) as checkpoint, tempfile.TemporaryDirectory(prefix="compress-plan-") as work:
         require_tokenizer(checkpoint)
         checks.check_calibration(plan, profile, options)

@@ -9,7 +9,7 @@ Request (see ``validate.protocol``): ``job`` (``prune``; ``curves``: what removi
 (a directory), ``workers`` (threads), ``memory_cap``.
 
 It writes the weights files into ``output`` and answers ``layers`` [blocks that stay], ``zeros`` [tensors in which
-removed heads are left as zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
+removed heads, or single weights, are zeros], ``errors`` {linear: [without, with the fit]}, ``dtype``.
 
 In memory are one block of a decoder (an encoder whole), the hidden states of the calibration tokens twice, and the
 inputs of one linear with their second moments. Sums are made by one thread each, over pieces that do not depend on how
@@ -328,6 +328,8 @@ class Pruning:
         for linear in block.linears:
             if linear.name not in pruned.changed:
                 continue
+            if self.request["sparsity"]:
+                self.zeros += [self._names[piece.tensor] for piece in linear.linear.weight]
             for piece in (*linear.linear.weight, *linear.linear.bias):
                 self._write(piece.tensor, block.parameter(piece.tensor).numpy())
 
