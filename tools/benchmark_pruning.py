@@ -3,9 +3,9 @@
 ``benchmark_pruning.py MODEL WORK --text EVAL [--calibration-text TEXT] --recipe "NAME: --ffn 0.2" ...``
 
 Every recipe is what follows ``compress prune MODEL``; its checkpoint goes to ``WORK/NAME`` and is kept. A decoder's
-``EVAL`` is a text (perplexity over windows of 512 tokens). An encoder's is a ``.jsonl`` of pairs, ``query`` and ``doc``:
-each query's rank of its own document among all, by the cosine of mean-pooled states, as mean reciprocal rank. Both are
-measured in PyTorch float32, the source too; no time is told.
+``EVAL`` is a text (perplexity over windows of 512 tokens). An encoder's is a ``.jsonl`` of pairs, ``query`` and
+``doc``: each query's rank of its own document among all, by the cosine of mean-pooled states, as mean reciprocal rank.
+Both are measured in PyTorch float32, the source too; no time is told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def perplexity(directory: Path, text: str, tokens: int) -> float:
 
     ids = AutoTokenizer.from_pretrained(directory)(text[: 8 * tokens], add_special_tokens=False).input_ids
     windows = torch.tensor(ids[: min(tokens, len(ids)) // _WINDOW * _WINDOW]).reshape(-1, _WINDOW)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.eval()
     total = 0.0
     with torch.inference_mode():
         for window in windows:
@@ -43,7 +44,9 @@ def reciprocal_rank(directory: Path, pairs: list[dict[str, str]]) -> float:
     """Return the mean reciprocal rank of every query's own document."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModel.from_pretrained(directory)
+    model.eval()
     queries, documents = (_embeddings(model, tokenizer, [pair[key] for pair in pairs]) for key in ("query", "doc"))
     scores = queries @ documents.T
     ranks = (scores > np.diagonal(scores)[:, None]).sum(axis=1) + 1
