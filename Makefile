@@ -39,7 +39,7 @@ demo: $(VENV)/.demo $(VENV)/.models
 	HF_HUB_OFFLINE=1 $(BIN)/compress export minilm --profile x86-int8 -o $(DEMO_ENCODER_OUT)
 
 test: $(VENV)/.test $(VENV)/.models
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runtimes that exclude the ordinary onnxruntime go into the cache (COMPRESS_CACHE), some hundred megabytes each. Only a
 # machine without an NVIDIA GPU is none to fail on: its test is skipped with the reason.

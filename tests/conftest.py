@@ -1,9 +1,15 @@
-"""Fixtures that all tests share: tiny models, their skeletons and their artifacts, each made once a run."""
+"""Fixtures that all tests share: tiny models, their skeletons and their artifacts, each made once a run.
+
+Several test workers share them too: what one has made, the others find.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,18 +20,50 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each: workers share the core
 
 import pytest
 
+from forked_workers import Starter, forked_workers
+from made_once import made_once
 from tiny_models import Skeletons, save_tiny_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: a test worker that gets one last keeps the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers() -> Iterator[Starter | None]:
+    """Fork the workers that import PyTorch, where a process can be forked; see ``forked_workers``."""
+    if not sys.platform.startswith("linux"):
+        yield None
+        return
+    with forked_workers() as starter:
+        yield starter
+
+
+@pytest.fixture(scope="module")
+def real_workers() -> Iterator[None]:
+    """Start every worker as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.validate.protocol.subprocess", subprocess)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a name (``llama``, ``bert:fill-mask``) to its saved tiny model, each made once."""
-    made: dict[str, Path] = {}
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of this run that all its test workers have."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared: Path) -> Callable[[str], Path]:
+    """Return a function from a name (``llama``, ``bert:fill-mask``) to its saved tiny model; read only."""
 
     def get(name: str) -> Path:
-        if name not in made:
-            made[name] = save_tiny_model(name, tmp_path_factory.mktemp(f"tiny-{name.replace(':', '-')}"))
-        return made[name]
+        return made_once(shared / f"tiny-{name.replace(':', '-')}", lambda place: save_tiny_model(name, place))
 
     return get
 
@@ -44,20 +82,15 @@ def fast_skeletons(skeletons: Skeletons, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(
-    tiny_model: Callable[[str], Path], skeletons: Skeletons, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def tiny_artifact(tiny_model: Callable[[str], Path], skeletons: Skeletons, shared: Path) -> Callable[..., Path]:
     """Return a function from name, profile and ``KEY=VALUE`` overrides to an artifact, each made once; read only."""
-    made: dict[tuple[str, ...], Path] = {}
 
     def get(name: str, profile: str = "arm-int4", *overrides: str) -> Path:
         from compress import pipeline
         from compress.profile import load_profile
         from compress.progress import Stages
 
-        key = (name, profile, *overrides)
-        if key not in made:
-            output = tmp_path_factory.mktemp("artifact") / f"{name.replace(':', '-')}-{Path(profile).stem}"
+        def make(output: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
                 pipeline.export(
@@ -67,14 +100,15 @@ def tiny_artifact(
                     pipeline.ExportOptions(validate=False, threads=1),
                     Stages(),
                 )
-            made[key] = output
-        return made[key]
+
+        digest = hashlib.sha256("\n".join((name, profile, *overrides)).encode()).hexdigest()[:12]
+        return made_once(shared / f"{name.replace(':', '-')}-{Path(profile).stem}-{digest}", make)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def docstring_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def docstring_classifier(shared: Path) -> Path:
     """Return a trained ``BertForSequenceClassification`` directory with its ``test.jsonl`` (text, label); read only.
 
     Making it takes half a minute of computing; skips where the encoder's package is not installed.
@@ -84,4 +118,4 @@ def docstring_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = labelled_text.pretrained()
     if source is None:
         pytest.skip(f"needs the package {labelled_text.PACKAGE.replace('_', '-')}")
-    return labelled_text.save_classifier(source, tmp_path_factory.mktemp("docstrings"))
+    return made_once(shared / "docstrings", lambda place: labelled_text.save_classifier(source, place))

@@ -26,6 +26,8 @@ from plain_decoder import PlainDecoder
 from same_process import calibrate_here
 from tiny_models import FAMILIES, VOCABULARY, Skeletons
 
+pytestmark = pytest.mark.slow  # as a whole
+
 TOLERANCE = 2e-4
 SMALL = ("quantize.effort=balanced", "calibration.tokens=2048", "calibration.window=64")
 #: Nothing but the weights decides.

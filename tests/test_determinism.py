@@ -12,6 +12,8 @@ from compress.profile import load_profile
 from compress.progress import Stages
 from tiny_models import FAMILIES
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_workers")]
+
 FILES = ("model.onnx", "model.onnx.data", "config.json", "tokenizer.json")
 
 

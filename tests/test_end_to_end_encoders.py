@@ -16,6 +16,7 @@ from compress import cli
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("real_workers"),
     pytest.mark.skipif(
         importlib.util.find_spec(labelled_text.PACKAGE) is None,
         reason=f"needs the package {labelled_text.PACKAGE.replace('_', '-')}",

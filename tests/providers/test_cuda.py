@@ -24,12 +24,9 @@ def profile(request: pytest.FixtureRequest) -> Profile:
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_model: Callable[[str], Path], profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(tiny_artifact: Callable[..., Path], profile: Profile) -> Path:
     """The tiny Llama under a profile, not validated."""
-    output = tmp_path_factory.mktemp("cuda") / "artifact"
-    model = pipeline.ModelReference(str(tiny_model("llama")))
-    pipeline.export(model, profile, output, pipeline.ExportOptions(validate=False), Stages())
-    return output
+    return tiny_artifact("llama", profile.name)
 
 
 def test_the_graph_passes_the_checker(artifact: Path, profile: Profile) -> None:
