@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from compress.contracts import Structure
 from compress.errors import ResourceError
-from compress.prune.losses import LOGITS_BYTES
 from compress.validate.memory import check_memory
 
 #: Python with torch and transformers, in bytes.
-_LIBRARIES = 450_000_000
+_LIBRARIES = 400_000_000
 _FLOAT = 4
+#: What the allocator keeps beside what is in use: pieces are of many shapes.
+_SLACK = 1.1
 #: What a linear's inputs and outputs stand for: norms, residuals, activation functions and rotations beside them.
 _KEPT = 1.5
 #: Numbers that a pair of tokens leaves in a head.
@@ -36,7 +37,7 @@ def predict_bytes(
         tokens: Of the longest piece of a step.
         length: Of the longest sequence in tokens.
         threads: Threads.
-        logits: Numbers of a piece's logits that are kept for the way back; 0 of a decoder, whose head keeps none.
+        logits: Numbers of a piece's logits, at most what is held of them at once.
     """
     blocks = [linear for linear in structure.linears if linear.layer is not None]
     learning = sum(linear.in_features * linear.out_features for linear in blocks)
@@ -46,7 +47,7 @@ def predict_bytes(
     kept = tokens * (kept + _SCORES * structure.layers * structure.heads * length)
     pieces = threads * (learning + int(kept) + _LOGITS * logits)
     numbers = weights + (_SETS - 1) * learning + pieces + targets
-    return _LIBRARIES + _FLOAT * numbers + threads * _LOGITS * LOGITS_BYTES * (logits == 0)
+    return _LIBRARIES + int(_SLACK * _FLOAT * numbers)
 
 
 def require_memory(needed: int, cap: int | None) -> None:

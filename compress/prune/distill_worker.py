@@ -30,6 +30,7 @@ from compress.contracts import Checkpoint
 from compress.families import load_family
 from compress.prune.distill_memory import predict_bytes, require_memory
 from compress.prune.lessons import DecoderLesson, EncoderLesson, Lesson
+from compress.prune.losses import LOGITS_BYTES
 from compress.prune.schedule import Course
 from compress.prune.state import State, digest_of
 from compress.prune.student import PIECE_TOKENS, Student, write_weights
@@ -105,12 +106,12 @@ def predicted_bytes(request: Json, student: Checkpoint) -> int:
     if request.get("windows") is not None:
         windows = np.load(request["windows"], mmap_mode="r")
         targets, longest = structure.hidden_size * (structure.vocab_size + windows.size), windows.shape[1]
-        logits = 0
+        logits = min(LOGITS_BYTES // 4, max(longest, PIECE_TOKENS) * structure.vocab_size)
     else:
         texts, task = Encoded.load(request["texts"]), task_of(student.config).name
         longest = int(texts.lengths.max())
         words = structure.vocab_size if task == "fill-mask" else 0
-        targets = 2 * (texts.rows(task) * words if words else len(texts.ids) * structure.hidden_size)
+        targets = texts.rows(task) * words if words else len(texts.ids) * structure.hidden_size
         logits = max(longest, PIECE_TOKENS) * words
     return predict_bytes(
         structure,

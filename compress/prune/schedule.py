@@ -15,8 +15,8 @@ IntArray = npt.NDArray[np.int64]
 #: Held-out losses: (steps done, loss), the first before any step.
 History = Sequence[tuple[int, float]]
 
-#: Of the sequences, never trained on.
-HELD_OUT_SHARE = 0.15
+#: Of the sequences, never trained on: a share of them, but no more than about so many tokens.
+HELD_OUT_SHARE, HELD_OUT_TOKENS = 0.15, 4096
 #: Evaluations without a gain of this share of the loss, after which it no longer helps.
 PATIENCE, LEAST_GAIN = 4, 0.005
 #: Parts of the steps: learning rate rises, learning rate falls.
@@ -33,10 +33,10 @@ class Split:
     held_out: IntArray
 
 
-def split(sequences: int, seed: int) -> Split:
-    """Draw the sequences that are held out, at least one."""
-    count = max(1, round(HELD_OUT_SHARE * sequences))
-    order = np.random.default_rng([seed, 0]).permutation(sequences)
+def split(lengths: IntArray, seed: int) -> Split:
+    """Draw the sequences that are held out, at least one; ``lengths`` are their tokens."""
+    count = max(1, min(round(HELD_OUT_SHARE * len(lengths)), round(HELD_OUT_TOKENS / float(lengths.mean()))))
+    order = np.random.default_rng([seed, 0]).permutation(len(lengths))
     return Split(np.sort(order[count:]), np.sort(order[:count]))
 
 

@@ -43,7 +43,7 @@ class Student:
         self._batch, self._seed = int(request["batch"]), int(request["seed"])
         self._threads = int(request["workers"])
         self._replicas = Replicas(lesson.model, self._threads)
-        self.split = split(len(lesson.lengths), self._seed)
+        self.split = split(lesson.lengths, self._seed)
         self.places = places(lesson.model, checkpoint)
         self._learning = self._find_learning()
         unknown = next((name for name in request["frozen_zeros"] if name not in checkpoint.tensors()), None)

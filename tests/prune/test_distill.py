@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from students import WEIGHTS, in_process, make_student, run, some_texts, some_windows
 
 from compress.errors import CompressError, ResourceError, UsageError
+from compress.pipeline import describe
 from compress.prune import student as learning
+from compress.prune.distill_texts import TEXTS, TOKENS, WINDOW, learning_texts
+from compress.source import open_checkpoint
 from compress.source.sentence_transformers import Pooling
+from compress.validate import text
 from compress.validate.protocol import run_worker
-from tiny_models import save_tiny_model
+from tiny_models import POSITIONS, save_tiny_model
 
 Get = Callable[[str], Path]
 DECODERS = ("llama", "phi3", "gpt2")
@@ -71,7 +75,7 @@ def test_the_loss_is_the_divergence_of_plain_models(name: str, tiny_model: Get, 
     """What is called loss, computed again from transformers' own logits; and none of a model beside itself."""
     student, windows = make_student(tiny_model(name), tmp_path / "student"), some_windows(16, 40)
     found = run(tiny_model(name), student, windows, tmp_path / "out", steps=1)
-    held = torch.from_numpy(windows[learning.split(16, 0).held_out])
+    held = torch.from_numpy(windows[learning.split(np.full(16, 40), 0).held_out])
     with torch.no_grad():
         q, p = (
             torch.log_softmax(plain(place, name)(held).logits.double(), -1) for place in (tiny_model(name), student)
@@ -96,7 +100,7 @@ def test_an_embeddings_loss(mode: Any, normalize: bool, tiny_model: Get, tmp_pat
             states.append([model(input_ids=ids).last_hidden_state[0].double() for model in models])
     power = float(torch.cat([taught for taught, _ in states]).square().sum(1).mean())
     expected = []
-    for index in learning.split(len(texts), 0).held_out:
+    for index in learning.split(texts.lengths, 0).held_out:
         taught, own = states[index]
         pool = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "max": lambda x: x.amax(0)}[mode]
         a, b = pool(taught), pool(own)
@@ -238,3 +242,15 @@ def test_bad_input_is_words(tiny_model: Get, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="student's task is embedding, the teacher's text-classification"):
         run(two, tiny_model("bert:embedding"), some_texts(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert:embedding", "bert:fill-mask", "albert:question-answering"])
+def test_texts_are_as_the_task_takes_them(name: str, tiny_model: Get) -> None:
+    with open_checkpoint(str(tiny_model(name))) as checkpoint:
+        texts = learning_texts(describe(checkpoint), checkpoint, text.embedded("calibration"))
+    if isinstance(texts, np.ndarray):
+        assert texts.shape[1] == WINDOW and 100 < len(texts) <= TOKENS // WINDOW
+        return
+    assert 300 < len(texts) <= TEXTS and texts.lengths.max() <= POSITIONS
+    assert bool(texts.types.any()) == name.endswith("answering")
+    assert texts.keep.any() and (texts.rows("fill-mask") <= 1024 or not name.endswith("mask"))

@@ -91,9 +91,10 @@ def test_adam_is_torchs() -> None:
 
 
 def test_split_and_batches() -> None:
-    parts = split(40, 0)
+    parts = split(np.full(40, 100), 0)
     assert len(parts.held_out) == 6 and sorted([*parts.training, *parts.held_out]) == list(range(40))
-    assert not np.array_equal(parts.held_out, split(40, 1).held_out)
+    assert not np.array_equal(parts.held_out, split(np.full(40, 100), 1).held_out)
+    assert len(split(np.full(40, 2000), 0).held_out) == 2 and len(split(np.full(3, 9000), 0).held_out) == 1
     drawn = np.concatenate([batch(parts.training, step, 8, 0) for step in range(1, 18)])
     assert sorted(drawn[:34]) == sorted(drawn[34:68]) == parts.training.tolist(), "each epoch has every sequence once"
     assert not np.array_equal(drawn[:34], drawn[34:68]) and not set(drawn) & set(parts.held_out)
