@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from compress.profile import Profile
 from compress.prune import load_depth_pruner, load_pruner, load_sparsifier, texts, vocabulary
 from compress.prune.amounts import Amounts, Asked, full, resolve
 from compress.prune.distill import Distilled, distill
+from compress.prune.distill_texts import TOKENS as LEARNT_TOKENS
+from compress.prune.distill_texts import learning_texts
 from compress.source.base import TOKENIZER_NAMES
 from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME
 from compress.validate.protocol import run_worker
@@ -33,8 +34,6 @@ TIMEOUT_SECONDS = 48 * 3600.0
 RECORD_NAME = "pruning.json"
 #: The ids of the source that a trimmed vocabulary kept, int64: the new id is the place.
 KEPT_IDS_NAME = "kept_ids.npy"
-#: Distillation learns from so many times the tokens that the fit sees.
-_LESSONS = 8
 
 Progress = Callable[[float], None]
 
@@ -199,7 +198,7 @@ def trim(
         UsageError: The text is too short to choose by.
         UnsupportedModelError: Tokenizers of this kind cannot be trimmed.
     """
-    content = texts.read_content(profile, options.text_file)
+    content = texts.read_content(profile.calibration.tokens, options.text_file)
     structure, sizes = prunable(checkpoint)
     chosen = vocabulary.choose(
         checkpoint.directory, content.content, vocab_size=structure.vocab_size, config=checkpoint.config
@@ -287,34 +286,20 @@ def recover(
         ResourceError: It does not fit in memory.
     """
     structure, _ = prunable(checkpoint)
-    asked = profile.calibration.model_copy(update={"tokens": _LESSONS * profile.calibration.tokens})
-    with tempfile.TemporaryDirectory(prefix="compress-lessons-") as place:
-        written = texts.write_texts(
-            structure,
-            checkpoint,
-            profile.model_copy(update={"calibration": asked}),
-            text_file=options.text_file,
-            source=teacher,
-            seed=options.seed,
-            memory_cap=options.max_memory,
-            work=Path(place),
-            progress=lambda fraction: None,
-            lessons=True,
-        )
-        found = distill(
-            teacher,
-            directory,
-            written.load(),
-            output=directory / ".distilled.safetensors",
-            steps=profile.prune.steps,
-            seed=options.seed,
-            pooling=pooling.resolve(structure, profile, checkpoint),
-            frozen_zeros=zeros,
-            memory_cap=options.max_memory,
-            threads=options.threads,
-            state=state,
-            progress=progress,
-        )
+    found = distill(
+        teacher,
+        directory,
+        learning_texts(structure, checkpoint, texts.read_content(LEARNT_TOKENS, options.text_file)),
+        output=directory / ".distilled.safetensors",
+        steps=profile.prune.steps,
+        seed=options.seed,
+        pooling=pooling.resolve(structure, profile, checkpoint),
+        frozen_zeros=zeros,
+        memory_cap=options.max_memory,
+        threads=options.threads,
+        state=state,
+        progress=progress,
+    )
     if found.improved:
         for path in (*directory.glob("model*.safetensors"), directory / INDEX_NAME):
             path.unlink(missing_ok=True)

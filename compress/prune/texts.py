@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from compress.calibrate.decoder_texts import EXCERPTS, MOST_TOKENS, calibration_windows
 from compress.contracts import Checkpoint, Decoder, Encoder, Structure
@@ -16,7 +15,7 @@ from compress.errors import UsageError
 from compress.profile import Profile
 from compress.validate import text
 from compress.validate.artifact import Artifact
-from compress.validate.encoded import Encoded, pack
+from compress.validate.encoded import pack
 from compress.validate.pieces import cut, tokenize
 
 #: Tokens an encoder's text has at most, special ones included: most pieces are shorter, and all are padded to it.
@@ -32,13 +31,6 @@ class PruningText:
     path: Path
     record: Mapping[str, Any]
 
-    def load(self) -> npt.NDArray[np.int64] | Encoded:
-        """Return a decoder's windows int64 ``[windows, length]``, or an encoder's texts."""
-        if self.path.suffix == ".npz":
-            return Encoded.load(self.path)
-        windows: npt.NDArray[np.int64] = np.load(self.path)
-        return windows
-
 
 def write_texts(
     structure: Structure,
@@ -51,12 +43,10 @@ def write_texts(
     memory_cap: int | None,
     work: Path,
     progress: Callable[[float], None],
-    lessons: bool = False,
 ) -> PruningText:
     """Tokenize the user's text, or the embedded one, and write it for the worker.
 
-    An encoder's texts are joined by as many random sequences: words that the text lacks are met in use. ``lessons``
-    are for distillation: as much text as there is, up to what is asked for, and no random sequences.
+    An encoder's texts are joined by as many random sequences: words that the text lacks are met in use.
 
     Raises:
         UsageError: There is too little of it, or it cannot be read.
@@ -83,11 +73,11 @@ def write_texts(
     return PruningText(path, found.record)
 
 
-def read_content(profile: Profile, text_file: Path | None) -> text.Text:
-    """Return the user's text, or the embedded one, as far as it is read."""
+def read_content(tokens: int, text_file: Path | None) -> text.Text:
+    """Return the user's text, as far as so many tokens need, or the embedded one."""
     if text_file is None:
         return text.embedded("calibration")
-    return text.from_file(text_file, min(profile.calibration.tokens, MOST_TOKENS), excerpts=EXCERPTS)
+    return text.from_file(text_file, min(tokens, MOST_TOKENS), excerpts=EXCERPTS)
 
 
 def _encoder_texts(
@@ -97,10 +87,9 @@ def _encoder_texts(
     text_file: Path | None,
     work: Path,
     seed: int,
-    *,
-    random: bool,
 ) -> PruningText:
-    content, asked = read_content(profile, text_file), profile.calibration.tokens
+    asked = profile.calibration.tokens
+    content = read_content(asked, text_file)
     place = Artifact(
         directory=checkpoint.directory,
         model=Path("model.onnx"),
@@ -128,10 +117,9 @@ def _encoder_texts(
             hint="use a longer text, or leave --calibration-text out",
         )
     ids, types = [item.ids for item in taken], [item.types for item in taken]
-    if random:
-        frame = [token for token, special in zip(ids[0], taken[0].special, strict=True) if special]
-        drawn = [_drawn(item.ids, frame, encoder.vocab_size, generator) for item in taken]
-        ids, types = ids + drawn, types + [[0] * len(item) for item in drawn]
+    frame = [token for token, special in zip(ids[0], taken[0].special, strict=True) if special]
+    drawn = [_drawn(item.ids, frame, encoder.vocab_size, generator) for item in taken]
+    ids, types = ids + drawn, types + [[0] * len(item) for item in drawn]
     path = work / ".pruning-texts.npz"
     pack(ids, types, [[True] * len(item) for item in ids]).save(path)
     record = {"source": "text", "name": content.name, "sha256": content.sha256, "tokens": total, "texts": len(taken)}
