@@ -93,9 +93,11 @@ class BlockPruner:
         kept = self._heads(block, inputs if self._pruner.reads_text else None, counts)
         errors: dict[str, tuple[float, float]] = {}
         attended -= before
-        self._settle(parts.attention, inputs, attended, self._head_channels(kept), counts, errors)
+        channels = self._head_channels(kept)
+        inputs = inputs if channels is None else np.ascontiguousarray(inputs[:, channels])
+        self._settle(parts.attention, inputs, attended, channels, counts, errors)
         del attended
-        mixed = before + self._outputs(parts.attention, inputs)
+        mixed = before + self._outputs(parts.attention, inputs, channels)
         del inputs
         seen, after = block.watch(parts.read(self._normed), stream)
         mixed = seen.pop(parts.up.name) if self._normed else mixed
@@ -103,11 +105,13 @@ class BlockPruner:
         counts = self._counts(wanted)
         neurons = self._neurons(block, inputs if self._pruner.reads_text else None, counts)
         wanted -= mixed
+        inputs = inputs if neurons is None else np.ascontiguousarray(inputs[:, neurons])
         self._settle(parts.down, inputs, wanted, neurons, counts, errors)
         if self._normed:
             after = block.outputs(stream)
         else:
-            after.flatten(0, -2).copy_(torch.from_numpy(mixed + self._outputs(parts.down, inputs)))
+            mixed += self._outputs(parts.down, inputs, neurons)
+            after.flatten(0, -2).copy_(torch.from_numpy(mixed))
         changed = (parts.attention.name, parts.down.name) if self._fit else ()
         return Pruned(replace(kept, neurons=neurons), changed, errors), outputs, after
 
@@ -124,9 +128,10 @@ class BlockPruner:
         """Return whether the feed-forward adds to the normed sum that it reads, as in encoders."""
         return isinstance(self.structure, Encoder)
 
-    def _outputs(self, linear: BlockLinear, inputs: FloatArray) -> FloatArray:
-        """Return what a linear gives, float32 ``[tokens, N]``, some tokens a thread."""
+    def _outputs(self, linear: BlockLinear, inputs: FloatArray, channels: IntArray | None = None) -> FloatArray:
+        """Return what a linear gives for some of its channels (default: all), ``[tokens, N]``, some tokens a thread."""
         weight, bias = linear.weight().T, linear.bias()
+        weight = weight if channels is None else weight[channels]
         result = np.empty((len(inputs), weight.shape[1]), np.float32)
 
         def run(start: int) -> None:
@@ -153,12 +158,11 @@ class BlockPruner:
         counts: FloatArray,
         errors: dict[str, tuple[float, float]],
     ) -> None:
-        """Let a linear read some channels only, with weights fitted to what is wanted of it."""
+        """Let a linear read some channels only, with weights fitted to what is wanted of it; ``inputs`` are theirs."""
         weight, bias = linear.weight(), linear.bias()
         stay = np.arange(weight.shape[1]) if channels is None else channels
         if self._fit:
-            part = inputs if channels is None else np.ascontiguousarray(inputs[:, stay])
-            found = refit(part, wanted, np.ascontiguousarray(weight[:, stay]), bias, counts, self._workers.map)
+            found = refit(inputs, wanted, np.ascontiguousarray(weight[:, stay]), bias, counts, self._workers.map)
             errors[linear.name] = found.before, found.after
             if bias is not None and found.bias is not None:
                 linear.set_bias(found.bias)
@@ -245,7 +249,7 @@ class BlockPruner:
         count = weight.shape[1] - self.amounts.inner
         if not count:
             return None
-        produced = np.square(parts.up.weight()).sum(axis=1).reshape(-1, weight.shape[1]).sum(axis=0)
+        produced = _squares(parts.up.weight()).reshape(-1, weight.shape[1]).sum(axis=0)
         units = Units(weight, produced, self._moments(inputs, counts) if known is None else known)
         return _remaining(units, self._pruner.remove(units, count, seed=self._seed).order)
 
@@ -305,6 +309,12 @@ def _flat(states: torch.Tensor) -> FloatArray:
     return flat
 
 
+def _squares(weight: FloatArray) -> FloatArray:
+    """Return the sum of every row's squares, without a second matrix."""
+    found = np.einsum("nk,nk->n", weight, weight)
+    return np.asarray(found, np.float32)
+
+
 def _remaining(units: Units, gone: IntArray) -> IntArray:
     return np.setdiff1d(np.arange(units.count), gone)
 
@@ -319,7 +329,7 @@ def _head_weights(weight: FloatArray, heads: int, shared: int, size: int) -> Flo
 
     Keys and values count in equal parts for each query head that reads them.
     """
-    squares = np.square(weight).sum(axis=1)
+    squares = _squares(weight)
     query, key, value = np.split(squares, [heads * size, (heads + shared) * size])
     group = heads // shared
     pairs = ((key + value) / group).reshape(shared, size)

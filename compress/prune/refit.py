@@ -27,12 +27,15 @@ from compress.contracts import FloatArray, IntArray
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)
 #: Every so many tokens one is kept from the fit to choose the share.
 _HELD_OUT = 5
+#: From so many inputs on products are kept in float32: half the memory, and the ridge is far above its rounding.
+WIDE = 6000
 #: Columns of ``X^T C X`` that one thread computes, and tokens that are summed in float32.
 _BAND, _TOKENS = 512, 1024
 
 #: Runs work for every piece, by threads; results in order.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 Doubles = npt.NDArray[np.float64]
+Sums = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def refit(
             best, error = share, missed
     if not best:
         return Refitted(weight, bias, 0.0, before / power, before / power)
-    sums = sums.plus(_sums(inputs, residual, judged, bias is not None, run))
+    _sums(inputs, residual, judged, bias is not None, run, sums)
     change, shift = _solve(sums, best, bias is not None)
     return Refitted(weight + change, None if bias is None else bias + shift, best, before / power, error / power)
 
@@ -102,72 +105,70 @@ def refit_moments(weight: FloatArray, moments: FloatArray, kept: IntArray, share
     return (weight[:, kept] + change).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sums:
-    """``X^T C X``, ``X^T C R`` and the weighted sums of X, R and 1; float64."""
+    """``X^T C X``, ``X^T C R`` and the weighted sums of X, R and 1; float64, products of very wide X float32."""
 
-    gram: Doubles
-    cross: Doubles
+    gram: Sums
+    cross: Sums
     inputs: Doubles
     residuals: Doubles
     count: float
 
-    def plus(self, other: _Sums) -> _Sums:
-        """Return the sums over both parts of the tokens."""
-        self.gram.__iadd__(other.gram)  # in place: the largest array here
-        return _Sums(
-            self.gram,
-            self.cross + other.cross,
-            self.inputs + other.inputs,
-            self.residuals + other.residuals,
-            self.count + other.count,
-        )
+    @classmethod
+    def none(cls, columns: int, outputs: int) -> _Sums:
+        """Return the sums over no token."""
+        kind = np.float32 if columns >= WIDE else np.float64
+        gram, cross = np.zeros((columns, columns), kind), np.zeros((columns, outputs), kind)
+        return cls(gram, cross, np.zeros(columns), np.zeros(outputs), 0.0)
 
 
 def moments(inputs: FloatArray, counts: FloatArray, run: Map) -> FloatArray:
     """Return the mean over tokens of ``x x^T``, float32 ``[K, K]``, of inputs ``[T, K]`` that count ``[T]``."""
-    found = _products(inputs, None, counts, run)[0]
-    found /= max(float(counts.sum(dtype=np.float64)), 1e-30)
-    return found.astype(np.float32)
+    sums = _Sums.none(inputs.shape[1], 0)
+    _add_products(sums, inputs, None, counts, run)
+    sums.gram /= max(float(counts.sum(dtype=np.float64)), 1e-30)
+    return sums.gram.astype(np.float32, copy=False)
 
 
-def _products(inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map) -> tuple[Doubles, Doubles]:
-    """Return ``X^T C X`` and ``X^T C R``; each band of rows is one thread's, so that sums have one order."""
-    rows = np.flatnonzero(counts)
-    columns, outputs = inputs.shape[1], 0 if residual is None else residual.shape[1]
-    gram, cross = np.zeros((columns, columns)), np.zeros((columns, outputs))
+def _add_products(sums: _Sums, inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map) -> None:
+    """Add ``X^T C X`` and ``X^T C R``; each band of rows is one thread's, so that sums have one order."""
+    rows, columns = np.flatnonzero(counts), inputs.shape[1]
 
     def band(start: int) -> None:
         stop = min(start + _BAND, columns)
         for first in range(0, len(rows), _TOKENS):
             some = rows[first : first + _TOKENS]
             left = (inputs[some, start:stop] * counts[some, None]).T
-            gram[start:stop, start:] += left @ inputs[some, start:]
+            sums.gram[start:stop, start:] += left @ inputs[some, start:]
             if residual is not None:
-                cross[start:stop] += left @ residual[some]
+                sums.cross[start:stop] += left @ residual[some]
 
     run(band, range(0, columns, _BAND))
     for start in range(0, columns, _BAND):
         stop = min(start + _BAND, columns)
-        gram[start:, start:stop] = gram[start:stop, start:].T
-    return gram, cross
+        sums.gram[start:, start:stop] = sums.gram[start:stop, start:].T
 
 
-def _sums(inputs: FloatArray, residual: FloatArray, counts: FloatArray, centred: bool, run: Map) -> _Sums:
+def _sums(
+    inputs: FloatArray,
+    residual: FloatArray,
+    counts: FloatArray,
+    centred: bool,
+    run: Map,
+    known: _Sums | None = None,
+) -> _Sums:
+    """Return the sums over tokens, added to those that are known already."""
+    sums = _Sums.none(inputs.shape[1], residual.shape[1]) if known is None else known
+    _add_products(sums, inputs, residual, counts, run)
     rows = np.flatnonzero(counts)
-    columns, outputs = inputs.shape[1], residual.shape[1]
-    gram, cross = _products(inputs, residual, counts, run)
-    if not centred:
-        return _Sums(gram, cross, np.zeros(columns), np.zeros(outputs), float(counts.sum(dtype=np.float64)))
-    # float64 sums of float32 products: a token at a time would take as long as the products.
     weights = counts[rows].astype(np.float64)
-    return _Sums(
-        gram,
-        cross,
-        np.asarray(weights @ inputs[rows], np.float64),
-        np.asarray(weights @ residual[rows], np.float64),
-        float(weights.sum()),
-    )
+    sums.count += float(weights.sum())
+    if centred:
+        # float64 sums of float32 products: a token at a time would take as long as the products.
+        sums.inputs += weights @ inputs[rows]
+        sums.residuals += weights @ residual[rows]
+    return sums
 
 
 def _solve(sums: _Sums, share: float, centred: bool) -> tuple[FloatArray, FloatArray]:
@@ -180,6 +181,7 @@ def _solve(sums: _Sums, share: float, centred: bool) -> tuple[FloatArray, FloatA
         cross = cross - np.outer(means, sums.residuals)
     gram[np.diag_indices_from(gram)] += share * max(float(np.diagonal(gram).mean()), 1e-30)
     change = np.linalg.solve(gram, cross).T
+    del gram
     shift = offsets - change @ means if centred else np.zeros(cross.shape[1])
     return change.astype(np.float32), shift.astype(np.float32)
 

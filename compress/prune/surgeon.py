@@ -64,12 +64,13 @@ class _State:
     def __init__(self, units: Units) -> None:
         assert units.moments is not None
         kind = np.float32 if units.weight.shape[1] >= WIDE else np.float64
-        moments: Floats = units.moments.astype(kind)
+        moments: Floats = units.moments.astype(kind)  # the caller's stay as they are
         self.power = float(np.einsum("nk,nk->", units.weight @ units.moments, units.weight, dtype=np.float64))
         mean = float(np.diagonal(units.moments).mean(dtype=np.float64))
         moments[np.diag_indices_from(moments)] += DAMPING * max(mean, 1e-30)
         self.size, self.units = units.size, np.arange(units.count)
         self._inverse: Floats = np.linalg.inv(moments)
+        del moments
         # Scores only need W^T W's blocks; W itself is smaller than that where a block has fewer outputs than inputs.
         self._weight: Floats = units.weight.astype(kind)
 
@@ -90,7 +91,9 @@ class _State:
         correction = np.linalg.solve(inside, self._inverse[np.ix_(gone, left)])
         self._weight = self._weight[:, left] - self._weight[:, gone] @ correction
         cross = self._inverse[np.ix_(left, gone)]
-        self._inverse = self._inverse[np.ix_(left, left)]
+        # In two steps: the whole, with what is left of it, and no third array.
+        self._inverse = self._inverse[left]
+        self._inverse = self._inverse[:, left]
         self._inverse -= cross @ correction
         self.units = np.delete(self.units, places)
         return cost

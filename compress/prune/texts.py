@@ -53,9 +53,7 @@ def write_texts(
         CompressError: The tokenizer is missing, damaged, or not this model's.
     """
     if isinstance(structure, Encoder):
-        return _encoder_texts(
-            structure, checkpoint, profile, text_file, work, 0 if lessons else seed, random=not lessons
-        )
+        return _encoder_texts(structure, checkpoint, profile, text_file, work, seed)
     assert isinstance(structure, Decoder)
     found = calibration_windows(
         checkpoint,
