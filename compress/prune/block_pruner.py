@@ -333,5 +333,4 @@ def _head_weights(weight: FloatArray, heads: int, shared: int, size: int) -> Flo
     query, key, value = np.split(squares, [heads * size, (heads + shared) * size])
     group = heads // shared
     pairs = ((key + value) / group).reshape(shared, size)
-    found: FloatArray = query + np.repeat(pairs, group, axis=0).reshape(-1)
-    return found
+    return np.asarray(query + np.repeat(pairs, group, axis=0).reshape(-1), np.float32)
