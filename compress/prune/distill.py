@@ -113,7 +113,7 @@ def distill(
             hint="a longer --calibration-text, or leave prune.recover at its default",
         )
     if steps < 1:
-        raise UsageError(f"{steps} steps of distillation are none", where="prune.distill_steps", hint="200 and more")
+        raise UsageError(f"{steps} steps of distillation are none", hint="a few hundred")
     length = 1 if isinstance(texts, Encoded) else texts.shape[1]
     request = {
         "checkpoint": dict(teacher),
