@@ -59,7 +59,7 @@ def handle(request: Json, job: Path) -> Json:
                 revision=wanted.get("revision"),
                 task=wanted.get("task"),
             ) as teacher,
-            open_checkpoint(str(request["student"])) as student,
+            open_checkpoint(str(request["student"]), task=wanted.get("task")) as student,
         ):
             result = _distill(request, job, teacher, student, workers)
     finally:

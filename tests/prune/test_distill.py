@@ -251,6 +251,6 @@ def test_texts_are_as_the_task_takes_them(name: str, tiny_model: Get) -> None:
     if isinstance(texts, np.ndarray):
         assert texts.shape[1] == WINDOW and 100 < len(texts) <= TOKENS // WINDOW
         return
-    assert 300 < len(texts) <= TEXTS and texts.lengths.max() <= POSITIONS
+    assert 100 < len(texts) <= TEXTS and texts.lengths.max() <= POSITIONS
     assert bool(texts.types.any()) == name.endswith("answering")
     assert texts.keep.any() and (texts.rows("fill-mask") <= 1024 or not name.endswith("mask"))
