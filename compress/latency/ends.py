@@ -13,12 +13,18 @@ def add_ends(graph: Graph, part: Ends, workload: Workload, noise: Noise) -> None
     batch, tokens = workload.batch, workload.tokens
     ids = graph.input("ids", np.arange(batch * tokens, dtype=np.int64).reshape(batch, tokens) * 7 % _TABLE_ROWS, (0, 1))
     mask = graph.input("mask", np.ones((batch, workload.past + tokens), np.int64), (0, 1))
-    value = ""
-    for index, (columns, bits) in enumerate(part.tables):
-        row = _row(graph, noise, ids, columns, bits, f"table{index}")
-        value = graph.node("Add", [value, row])[0] if value else row
+    rows = [
+        _row(graph, noise, ids, columns, bits, f"table{index}") for index, (columns, bits) in enumerate(part.tables)
+    ]
     width = part.tables[0][0]
-    value = norm(graph, value, width, rms=part.rms, name="first")
+    if part.decoder and len(rows) > 1:  # learned positions: their sum and the first norm are one operator
+        shift, scale = (graph.weight(np.ones(width, np.float32), f"first.{kind}") for kind in ("bias", "weight"))
+        value = graph.node("SkipLayerNormalization", [*rows, scale, shift], _MICROSOFT, epsilon=1e-5)[0]
+    else:
+        value = rows[0]
+        for row in rows[1:]:
+            value = graph.node("Add", [value, row])[0]
+        value = norm(graph, value, width, rms=part.rms, name="first")
     if part.decoder:
         _decoder_end(graph, mask, value)
         return

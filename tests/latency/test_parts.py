@@ -34,7 +34,9 @@ CASES = [
 ]
 #: Nodes of a part's graph, or of an artifact, that are not counted: shapes, masks, and what only constants go into.
 UNCOUNTED = {"Shape", "Cast", "Unsqueeze", "Squeeze", "Range", "Constant", "Neg", "Slice", "Gather", "Sub", "ReduceSum"}
-UNCOUNTED |= {"GatherBlockQuantized", "Expand", "Reshape", "Transpose", "Concat", "Equal", "Where", "Tanh", "ReduceL2"}
+UNCOUNTED |= {"GatherBlockQuantized", "Expand", "Reshape", "Transpose", "Concat", "Equal", "Where", "ReduceL2"}
+# What a pooler is activated by: one token's.
+UNCOUNTED |= {"Tanh", "Relu"}
 
 
 def structure_of(directory: Path) -> Structure:
