@@ -16,9 +16,9 @@ _LIBRARIES = 480_000_000
 _FLOAT, _DOUBLE = 4, 8
 #: Hidden states that are alive at once: inputs, outputs and the pruned stream of both, and what is wanted.
 _STATES = 7
-#: Arrays of the second moments' size that are alive at once: while units are chosen (moments, their inverse, what is
-#: left of it), and while weights are fitted (sums, what is solved, LAPACK's own).
-_CHOOSING, _FITTING = 4, 3
+#: Arrays of the second moments' size that are alive at once while units are chosen (moments, their inverse, what LAPACK
+#: and the steps after it copy), as measured at Phi-3's geometry (4.74 GB in all), and while weights are fitted.
+_CHOOSING, _FITTING = 10, 4
 #: Tokens whose hidden states are kept of every block, to choose the blocks that go.
 STATE_TOKENS = 512
 
