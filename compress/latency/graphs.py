@@ -118,7 +118,14 @@ class Noise:
         rng = np.random.default_rng(0)
         self._floats = rng.uniform(-0.06, 0.06, _NOISE).astype(np.float32)
         self._bytes = rng.integers(0, 256, _NOISE, dtype=np.uint8)
+        self._others = np.ones(0, np.float32)
         self._drawn = 0
+
+    def others(self, nbytes: int) -> Array:
+        """Return memory of that size, the same for all who ask."""
+        if self._others.nbytes < nbytes:
+            self._others = np.ones(-(-nbytes // 4), np.float32)
+        return self._others[: nbytes // 4]
 
     def floats(self, *shape: int) -> Array:
         """Return float32 values around 0."""

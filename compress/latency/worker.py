@@ -21,8 +21,8 @@ from compress.latency.graphs import Noise, build
 from compress.latency.parts import Point, point_from
 from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
 
-#: Sessions that are open at once, and the bytes they hold.
-_AT_ONCE, _BYTES_AT_ONCE = 8, 512 << 20
+#: Sessions that are open at once, and the bytes of their weights.
+_AT_ONCE, _BYTES_AT_ONCE = 8, 256 << 20
 #: Of the runs of a round: what is slower had to wait for something.
 QUANTILE = 0.25
 _FEWEST_RUNS = 3
@@ -52,7 +52,7 @@ def groups(points: list[Point]) -> Iterator[list[Point]]:
     group: list[Point] = []
     size = 0
     for point in points:
-        own = point.part.nbytes * point.copies + point.others
+        own = point.part.nbytes * point.copies
         if group and (len(group) == _AT_ONCE or size + own > _BYTES_AT_ONCE):
             yield group
             group, size = [], 0
@@ -83,7 +83,7 @@ class Run:
         )
         self._feeds: dict[str, Any] = {name: value(array) for name, array in graph.feeds.items()}
         self._names = [output.name for output in self._session.get_outputs()]
-        self._others = np.ones(point.others // 4, np.float32)
+        self._others = noise.others(point.others)
 
     def run(self) -> None:
         """Run it once."""

@@ -270,6 +270,6 @@ def test_every_round_of_every_point_is_answered(tmp_path: Path) -> None:
 
 def test_few_sessions_are_open_at_once() -> None:
     assert [len(group) for group in groups(small(20))] == [8, 8, 4]
-    large = [replace(point, others=300 << 20) for point in small(3)]
+    large = [replace(point, copies=20_000) for point in small(3)]
     assert [len(group) for group in groups(large)] == [1, 1, 1]
     assert [point for group in groups(small(20)) for point in group] == small(20)
