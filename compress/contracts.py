@@ -369,7 +369,8 @@ class Units:
     Attributes:
         weight: float32 ``[N, K]`` of the linear that reads the channels; K is a multiple of ``size``.
         produced: float32 ``[K]``: squares of the weights that produce each channel, summed.
-        moments: float32 ``[K, K]``: second moments of the channels on calibration tokens; ``None`` without text.
+        moments: float32 ``[K, K]``: second moments of the channels on calibration tokens; ``None`` without text. They
+            are the pruner's to overwrite: 8,192 channels have 268 MB of them.
         size: Channels a unit.
         classes: int64 ``[K / size]``: units of one class (query heads that share keys and values) lose equally many;
             ``None``: all are of one class.

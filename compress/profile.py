@@ -126,7 +126,8 @@ class Prune(_Strict):
     ``kv_groups``: whole groups; ``layers``: blocks. ``vocabulary = "from-text"`` leaves the tokens that
     ``--calibration-text`` uses, with all that keeps the tokenizer complete. ``algorithm`` chooses neurons and heads
     (``auto``: surgeon), ``depth`` chooses blocks. ``recover``: ``refit`` fits what follows a cut again in closed form,
-    ``distill`` trains on the original's outputs after that, ``none`` does neither. ``sparsity`` zeroes single weights
+    ``distill`` trains on the original's outputs after that, ``none`` does neither. ``tokens`` of the text are read for
+    choosing and fitting: by default ``calibration.tokens``, of encoders more. ``sparsity`` zeroes single weights
     by ``sparsifier``, a share of each linear or, with ``pattern = "2:4"``, two of every four: for other runtimes, ONNX
     Runtime is no faster for it.
 
@@ -142,6 +143,7 @@ class Prune(_Strict):
     algorithm: str = "auto"
     depth: str = "block-influence"
     recover: Literal["none", "refit", "distill"] = "refit"
+    tokens: int | None = Field(default=None, ge=64, le=1_000_000)
     steps: int = Field(default=400, ge=1, le=100_000)
     sparsity: float = Field(default=0, ge=0, lt=1)
     sparsifier: str = "sparsegpt"

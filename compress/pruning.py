@@ -157,7 +157,7 @@ def _checked(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -
     if options.max_memory is not None and needed > options.max_memory:
         raise ResourceError(
             f"pruning would take {format_size(needed)}, more than --max-memory {format_size(options.max_memory)}",
-            hint=f"raise --max-memory to {format_size(needed)}, or lower calibration.tokens",
+            hint=f"raise --max-memory to {format_size(needed)}, or lower prune.tokens",
         )
     return amounts
 

@@ -99,28 +99,34 @@ class BlockPruner:
         del attended
         mixed = before + self._outputs(parts.attention, inputs, channels)
         del inputs
-        seen, after = block.watch(parts.read(self._normed), stream)
-        mixed = seen.pop(parts.up.name) if self._normed else mixed
-        inputs = seen.pop(parts.down.name)
-        counts = self._counts(wanted)
+        if self._normed:
+            seen, _ = block.watch(parts.read(True), stream)
+            mixed, inputs = seen.pop(parts.up.name), seen.pop(parts.down.name)
+        else:
+            inputs = block.inputs(parts.down, stream)
+        counts = self._counts(_flat(outputs) if wanted is None else wanted)
         neurons = self._neurons(block, inputs if self._pruner.reads_text else None, counts)
-        wanted -= mixed
+        wanted = (_flat(outputs) if wanted is None else wanted) - mixed
         inputs = inputs if neurons is None else np.ascontiguousarray(inputs[:, neurons])
         self._settle(parts.down, inputs, wanted, neurons, counts, errors)
         if self._normed:
             after = block.outputs(stream)
         else:
+            del wanted
             mixed += self._outputs(parts.down, inputs, neurons)
-            after.flatten(0, -2).copy_(torch.from_numpy(mixed))
+            after = torch.from_numpy(mixed).reshape(stream.shape)
         changed = (parts.attention.name, parts.down.name) if self._fit else ()
         return Pruned(replace(kept, neurons=neurons), changed, errors), outputs, after
 
-    def _source(self, block: Block, parts: _Parts) -> tuple[FloatArray, FloatArray, torch.Tensor]:
-        """Return the source's residual stream after attention and after the feed-forward, not normed; its outputs."""
+    def _source(self, block: Block, parts: _Parts) -> tuple[FloatArray, FloatArray | None, torch.Tensor]:
+        """Return the source's residual stream after attention and after the feed-forward, not normed; its outputs.
+
+        Where the outputs are not normed they are the second, which is ``None`` then.
+        """
         seen, outputs = block.watch((parts.attention, *(parts.read(True) if self._normed else ())))
         attended = _flat(block.hidden) + self._outputs(parts.attention, seen[parts.attention.name])
         if not self._normed:
-            return attended, _flat(outputs).copy(), outputs
+            return attended, None, outputs
         return attended, seen[parts.up.name] + self._outputs(parts.down, seen[parts.down.name]), outputs
 
     @property
@@ -158,17 +164,20 @@ class BlockPruner:
         counts: FloatArray,
         errors: dict[str, tuple[float, float]],
     ) -> None:
-        """Let a linear read some channels only, with weights fitted to what is wanted of it; ``inputs`` are theirs."""
-        weight, bias = linear.weight(), linear.bias()
-        stay = np.arange(weight.shape[1]) if channels is None else channels
+        """Let a linear read some channels only, with weights fitted to what is wanted of it; ``inputs`` are theirs.
+
+        ``wanted`` is overwritten.
+        """
+        stay = np.arange(linear.linear.in_features) if channels is None else channels
+        part = np.ascontiguousarray(linear.weight()[:, stay])
         if self._fit:
-            found = refit(inputs, wanted, np.ascontiguousarray(weight[:, stay]), bias, counts, self._workers.map)
-            errors[linear.name] = found.before, found.after
+            bias = linear.bias()
+            found = refit(inputs, wanted, part, bias, counts, self._workers.map)
+            errors[linear.name], part = (found.before, found.after), found.weight
             if bias is not None and found.bias is not None:
                 linear.set_bias(found.bias)
-            weight[:, stay] = found.weight
-        gone = np.setdiff1d(np.arange(weight.shape[1]), stay)
-        weight[:, gone] = 0
+        weight = np.zeros((len(part), linear.linear.in_features), np.float32)
+        weight[:, stay] = part
         linear.set_weight(weight)
 
     # ------------------------------------------------------------------------------------------------ predictions
@@ -213,8 +222,8 @@ class BlockPruner:
     def settle_shared(self, block: Block, seen: dict[str, FloatArray]) -> Pruned:
         """Prune a block that is run several times, by the second moments of its linears' inputs over all runs."""
         parts = _Parts(block)
-        kept = self._heads(block, None, known=seen[parts.attention.name])
-        kept = replace(kept, neurons=self._neurons(block, None, known=seen[parts.down.name]))
+        kept = self._heads(block, None, known=seen[parts.attention.name].copy())
+        kept = replace(kept, neurons=self._neurons(block, None, known=seen[parts.down.name].copy()))
         for linear, channels in ((parts.attention, self._head_channels(kept)), (parts.down, kept.neurons)):
             if channels is None:
                 continue
@@ -271,7 +280,8 @@ class BlockPruner:
         units = Units(parts.attention.weight(), produced, seen, each * size)
         groups, query = np.arange(shared), np.arange(heads)
         if self.amounts.kv_heads < shared:
-            gone = self._pruner.remove(units, shared - self.amounts.kv_heads, seed=self._seed).order
+            given = units if seen is None else replace(units, moments=seen.copy())
+            gone = self._pruner.remove(given, shared - self.amounts.kv_heads, seed=self._seed).order
             groups = _remaining(units, gone)
             query = head_channels(groups, each)
         fewer = self.amounts.heads // self.amounts.kv_heads

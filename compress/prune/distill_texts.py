@@ -14,7 +14,7 @@ from compress.validate.text import Text
 #: A decoder's tokens, in windows of so many.
 TOKENS, WINDOW = 65_536, 256
 #: An encoder's texts, and where they are cut, in tokens.
-TEXTS, LONGEST = 2000, 128
+TEXTS, LONGEST = 6000, 128
 
 
 def learning_texts(structure: Structure, checkpoint: Checkpoint, content: Text) -> Texts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compress.contracts import Encoder, Structure
 from compress.profile import Profile
-from compress.prune.amounts import Amounts, full
+from compress.prune.amounts import Amounts, full, text_tokens
 from compress.prune.surgeon import WIDE
 
 #: torch and transformers, imported; encoders' classes and optimum's tasks too.
@@ -36,7 +36,7 @@ def prune_bytes(structure: Structure, profile: Profile, amounts: Amounts, *, tex
         weights = 2 * (sum(blocks.values()) * _FLOAT + tables)
     if not text:
         return _LIBRARIES + weights + 2 * tables
-    tokens = profile.calibration.tokens
+    tokens = text_tokens(structure, profile)
     if isinstance(structure, Encoder):
         tokens *= 2  # padded to the longest text
     hidden = structure.hidden_size

@@ -144,9 +144,7 @@ def _measure(
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=work) as place:
             directory = Path(place)
             run.prune(checkpoint, source, profile, amounts, directory, options, lambda fraction: None)
-            wanted = profile.model_copy(
-                update={"calibration": profile.calibration.model_copy(update={"tokens": _MEASURED_TOKENS})}
-            )
+            wanted = profile.model_copy(update={"prune": profile.prune.model_copy(update={"tokens": _MEASURED_TOKENS})})
             structure, _ = run.prunable(checkpoint)
             text = texts.write_texts(
                 structure,

@@ -15,7 +15,6 @@ for Accelerating Very Deep Neural Networks", arXiv 1707.06168.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import FloatArray, IntArray
+from compress.prune._positive import Map, solve
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)
 #: Every so many tokens one is kept from the fit to choose the share.
@@ -32,8 +32,6 @@ WIDE = 6000
 #: Columns of ``X^T C X`` that one thread computes, and tokens that are summed in float32.
 _BAND, _TOKENS = 512, 1024
 
-#: Runs work for every piece, by threads; results in order.
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 Doubles = npt.NDArray[np.float64]
 Sums = npt.NDArray[np.floating[Any]]
 
@@ -64,31 +62,44 @@ def refit(
 
     Args:
         inputs: float32 ``[T, K]``.
-        wanted: float32 ``[T, N]``, bias included.
+        wanted: float32 ``[T, N]``, bias included; overwritten.
         weight: float32 ``[N, K]`` as it is.
         bias: float32 ``[N]`` as it is, ``None`` for a linear without one.
         counts: float32 ``[T]``: how much every token counts; 0 for padding.
         run: Maps work over pieces.
     """
-    residual = wanted - inputs @ weight.T
-    if bias is not None:
-        residual -= bias
     held = np.zeros(len(inputs), bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
     fitted, judged = counts * ~held, counts * held
+    residual = wanted
+    if bias is not None:
+        residual -= bias
+    power = _power(residual[held], judged[held])
+
+    def miss(rows: slice) -> None:
+        residual[rows] -= inputs[rows] @ weight.T
+
+    run(miss, [slice(start, start + _TOKENS) for start in range(0, len(inputs), _TOKENS)])
     sums = _sums(inputs, residual, fitted, bias is not None, run)
-    power = _power(wanted if bias is None else wanted - bias, judged)
     before = _power(residual, judged)
     best, error = 0.0, before
     for share in SHARES:
-        change, shift = _solve(sums, share, bias is not None)
+        found = _solve(sums, share, bias is not None, run)
+        if found is None:
+            continue
+        change, shift = found
         missed = _power(residual[held] - inputs[held] @ change.T - shift, judged[held])
+        del change, found
+        if missed >= error and best:
+            break  # stronger ridges only come nearer to no change
         if missed < error:
             best, error = share, missed
     if not best:
         return Refitted(weight, bias, 0.0, before / power, before / power)
     _sums(inputs, residual, judged, bias is not None, run, sums)
-    change, shift = _solve(sums, best, bias is not None)
+    found = _solve(sums, best, bias is not None, run)
+    assert found is not None, "more tokens do not make it singular"
+    change, shift = found
     return Refitted(weight + change, None if bias is None else bias + shift, best, before / power, error / power)
 
 
@@ -100,14 +111,14 @@ def refit_moments(weight: FloatArray, moments: FloatArray, kept: IntArray, share
     gone = np.setdiff1d(np.arange(weight.shape[1]), kept)
     inner = moments[np.ix_(kept, kept)].astype(np.float64)
     inner[np.diag_indices_from(inner)] += share * max(float(np.diagonal(inner).mean()), 1e-30)
-    cross = weight[:, gone].astype(np.float64) @ moments[np.ix_(gone, kept)].astype(np.float64)
-    change = np.linalg.solve(inner, cross.T).T
+    change = weight[:, gone].astype(np.float64) @ moments[np.ix_(gone, kept)].astype(np.float64)
+    assert solve(inner, change, lambda work, rows: [work(row) for row in rows]), "a ridge in float64 has a solution"
     return (weight[:, kept] + change).astype(np.float32)
 
 
 @dataclass
 class _Sums:
-    """``X^T C X``, ``X^T C R`` and the weighted sums of X, R and 1; float64, products of very wide X float32."""
+    """``X^T C X``, ``R^T C X`` and the weighted sums of X, R and 1; float64, products of very wide X float32."""
 
     gram: Sums
     cross: Sums
@@ -119,7 +130,7 @@ class _Sums:
     def none(cls, columns: int, outputs: int) -> _Sums:
         """Return the sums over no token."""
         kind = np.float32 if columns >= WIDE else np.float64
-        gram, cross = np.zeros((columns, columns), kind), np.zeros((columns, outputs), kind)
+        gram, cross = np.zeros((columns, columns), kind), np.zeros((outputs, columns), kind)
         return cls(gram, cross, np.zeros(columns), np.zeros(outputs), 0.0)
 
 
@@ -132,7 +143,7 @@ def moments(inputs: FloatArray, counts: FloatArray, run: Map) -> FloatArray:
 
 
 def _add_products(sums: _Sums, inputs: FloatArray, residual: FloatArray | None, counts: FloatArray, run: Map) -> None:
-    """Add ``X^T C X`` and ``X^T C R``; each band of rows is one thread's, so that sums have one order."""
+    """Add ``X^T C X`` and ``R^T C X``; each band of rows is one thread's, so that sums have one order."""
     rows, columns = np.flatnonzero(counts), inputs.shape[1]
 
     def band(start: int) -> None:
@@ -142,7 +153,7 @@ def _add_products(sums: _Sums, inputs: FloatArray, residual: FloatArray | None, 
             left = (inputs[some, start:stop] * counts[some, None]).T
             sums.gram[start:stop, start:] += left @ inputs[some, start:]
             if residual is not None:
-                sums.cross[start:stop] += left @ residual[some]
+                sums.cross[:, start:stop] += (left @ residual[some]).T
 
     run(band, range(0, columns, _BAND))
     for start in range(0, columns, _BAND):
@@ -171,19 +182,19 @@ def _sums(
     return sums
 
 
-def _solve(sums: _Sums, share: float, centred: bool) -> tuple[FloatArray, FloatArray]:
-    """Return the change of weights ``[N, K]`` and of the bias ``[N]``."""
+def _solve(sums: _Sums, share: float, centred: bool, run: Map) -> tuple[FloatArray, FloatArray] | None:
+    """Return the change of weights ``[N, K]`` and of the bias ``[N]``; ``None`` where float32 cannot solve for it."""
     total = max(sums.count, 1e-30)
-    gram, cross = sums.gram.copy(), sums.cross
+    gram, change = sums.gram.copy(), sums.cross.copy()
     means, offsets = sums.inputs / total, sums.residuals / total
     if centred:
         gram -= np.outer(means, sums.inputs)
-        cross = cross - np.outer(means, sums.residuals)
+        change -= np.outer(offsets, sums.inputs)
     gram[np.diag_indices_from(gram)] += share * max(float(np.diagonal(gram).mean()), 1e-30)
-    change = np.linalg.solve(gram, cross).T
-    del gram
-    shift = offsets - change @ means if centred else np.zeros(cross.shape[1])
-    return change.astype(np.float32), shift.astype(np.float32)
+    if not solve(gram, change, run):
+        return None
+    shift = offsets - change @ means if centred else np.zeros(len(change))
+    return change.astype(np.float32, copy=False), shift.astype(np.float32)
 
 
 def _power(values: FloatArray, counts: FloatArray) -> float:

@@ -198,7 +198,7 @@ def trim(
         UsageError: The text is too short to choose by.
         UnsupportedModelError: Tokenizers of this kind cannot be trimmed.
     """
-    content = texts.read_content(profile.calibration.tokens, options.text_file)
+    content = texts.read_content(None, options.text_file)  # every word of the user's counts
     structure, sizes = prunable(checkpoint)
     chosen = vocabulary.choose(
         checkpoint.directory, content.content, vocab_size=structure.vocab_size, config=checkpoint.config

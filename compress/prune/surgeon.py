@@ -19,13 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import IntArray, Removal, Units
+from compress.errors import CompressError
+from compress.prune._positive import invert, pieces, selected
 from compress.prune._units import Quota
 
 #: Of the mean of H's diagonal, added to it: channels that the text never used have no inverse otherwise.
 DAMPING = 1e-2
 #: Single channels that are removed at once: this part of those that are left.
 _AT_ONCE = 64
-#: From so many channels on H^-1 is kept in float32: 8,192 channels take 512 MB in float64, twice while it is inverted.
+#: From so many channels on H^-1 is kept in float32: 8,192 channels take 512 MB in float64.
 WIDE = 6000
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -47,7 +49,7 @@ class Surgeon:
         while len(order) < count:
             scores = state.scores()
             scores[~quota.open(state.units)] = np.inf
-            most = max(1, len(state.units) // _AT_ONCE) if units.size == 1 else 1
+            most = max(1, (units.count - len(order)) // _AT_ONCE) if units.size == 1 else 1
             places = np.argsort(scores, kind="stable")[: min(most, count - len(order))]
             taken = np.array(
                 [place for place in places if np.isfinite(scores[place]) and quota.take(int(state.units[place]))]
@@ -59,44 +61,49 @@ class Surgeon:
 
 
 class _State:
-    """W and H^-1 of the units that are left; ``power`` is that of the outputs while all are there."""
+    """W and H^-1 of ``units``: those that are left, and some that are gone; ``power`` is the outputs' with all."""
 
     def __init__(self, units: Units) -> None:
         assert units.moments is not None
         kind = np.float32 if units.weight.shape[1] >= WIDE else np.float64
-        moments: Floats = units.moments.astype(kind)  # the caller's stay as they are
-        self.power = float(np.einsum("nk,nk->", units.weight @ units.moments, units.weight, dtype=np.float64))
-        mean = float(np.diagonal(units.moments).mean(dtype=np.float64))
-        moments[np.diag_indices_from(moments)] += DAMPING * max(mean, 1e-30)
+        self.power = sum(_power(units.weight[rows], units.moments) for rows in pieces(len(units.weight)))
         self.size, self.units = units.size, np.arange(units.count)
-        self._inverse: Floats = np.linalg.inv(moments)
-        del moments
+        self._there = np.ones(units.count, bool)
+        self._inverse: Floats = _inverse(units.moments, kind)
         # Scores only need W^T W's blocks; W itself is smaller than that where a block has fewer outputs than inputs.
-        self._weight: Floats = units.weight.astype(kind)
+        self._weight: Floats = units.weight.astype(kind, order="C")  # the caller's stays as it is
 
     def scores(self) -> npt.NDArray[np.float64]:
-        """Return what each remaining unit's removal costs, float64 ``[units left]``."""
+        """Return what each unit's removal costs, float64 ``[units]``; infinite for those that are gone."""
+        found = np.full(len(self.units), np.inf)
+        there = np.flatnonzero(self._there)
         if self.size == 1:
             power = np.einsum("nk,nk->k", self._weight, self._weight, dtype=np.float64)
-            found: npt.NDArray[np.float64] = power / np.diagonal(self._inverse)
-            return found
-        return np.array([self._cost(self._channels(np.array([place]))) for place in range(len(self.units))])
+            found[there] = power[there] / np.diagonal(self._inverse)[there]
+        else:
+            found[there] = [self._cost(self._channels(np.array([place]))) for place in there]
+        return found
 
     def eliminate(self, places: IntArray) -> float:
         """Remove the units at these places of what is left; return the loss."""
         gone = self._channels(places)
         cost = self._cost(gone)
-        left = np.setdiff1d(np.arange(self._weight.shape[1]), gone)
-        inside = self._inverse[np.ix_(gone, gone)]
-        correction = np.linalg.solve(inside, self._inverse[np.ix_(gone, left)])
-        self._weight = self._weight[:, left] - self._weight[:, gone] @ correction
-        cross = self._inverse[np.ix_(left, gone)]
-        # In two steps: the whole, with what is left of it, and no third array.
-        self._inverse = self._inverse[left]
-        self._inverse = self._inverse[:, left]
-        self._inverse -= cross @ correction
-        self.units = np.delete(self.units, places)
+        correction = np.linalg.solve(self._inverse[np.ix_(gone, gone)], self._inverse[gone])
+        for matrix in (self._weight, self._inverse):
+            known = matrix[:, gone]
+            for rows in pieces(len(matrix)):
+                matrix[rows] -= known[rows] @ correction
+        self._there[places] = False
+        if 2 * np.count_nonzero(self._there) <= len(self._there):
+            self._compact()
         return cost
+
+    def _compact(self) -> None:
+        """Leave out the channels that are gone, in the memory of what there is: before that they are zeros."""
+        left = self._channels(np.flatnonzero(self._there))
+        self._weight = selected(self._weight, np.arange(len(self._weight)), left)
+        self._inverse = selected(self._inverse, left, left)
+        self.units, self._there = self.units[self._there], np.ones(np.count_nonzero(self._there), bool)
 
     def _channels(self, places: IntArray) -> IntArray:
         channels: IntArray = (places[:, None] * self.size + np.arange(self.size)).reshape(-1)
@@ -106,6 +113,22 @@ class _State:
         weight = self._weight[:, channels]
         solved = np.linalg.solve(self._inverse[np.ix_(channels, channels)], weight.T)
         return float(np.einsum("kn,nk->", solved, weight, dtype=np.float64))
+
+
+def _inverse(moments: Floats, kind: type[np.floating[Any]]) -> Floats:
+    """Return the inverse of damped moments, in their memory where they are of this kind."""
+    inverse = np.ascontiguousarray(moments, kind)
+    inverse[np.diag_indices_from(inverse)] += DAMPING * max(float(np.diagonal(moments).mean(dtype=np.float64)), 1e-30)
+    if not invert(inverse):
+        raise CompressError(
+            "second moments of the text's activations are too near to singular for surgeon",
+            hint="prune.algorithm=activation, or another --calibration-text",
+        )
+    return inverse
+
+
+def _power(weight: Floats, moments: Floats) -> float:
+    return float(np.einsum("nk,nk->", weight @ moments, weight, dtype=np.float64))
 
 
 PRUNER = Surgeon()

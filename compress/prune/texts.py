@@ -13,6 +13,7 @@ from compress.calibrate.decoder_texts import EXCERPTS, MOST_TOKENS, calibration_
 from compress.contracts import Checkpoint, Decoder, Encoder, Structure
 from compress.errors import UsageError
 from compress.profile import Profile
+from compress.prune.amounts import text_tokens
 from compress.validate import text
 from compress.validate.artifact import Artifact
 from compress.validate.encoded import pack
@@ -55,6 +56,8 @@ def write_texts(
     if isinstance(structure, Encoder):
         return _encoder_texts(structure, checkpoint, profile, text_file, work, seed)
     assert isinstance(structure, Decoder)
+    calibration = profile.calibration.model_copy(update={"tokens": text_tokens(structure, profile)})
+    profile = profile.model_copy(update={"calibration": calibration})
     found = calibration_windows(
         checkpoint,
         structure,
@@ -71,11 +74,11 @@ def write_texts(
     return PruningText(path, found.record)
 
 
-def read_content(tokens: int, text_file: Path | None) -> text.Text:
-    """Return the user's text, as far as so many tokens need, or the embedded one."""
+def read_content(tokens: int | None, text_file: Path | None) -> text.Text:
+    """Return the user's text, as far as so many tokens need (``None``: all of it, up to 64 MB), or the embedded one."""
     if text_file is None:
         return text.embedded("calibration")
-    return text.from_file(text_file, min(tokens, MOST_TOKENS), excerpts=EXCERPTS)
+    return text.from_file(text_file, min(tokens or MOST_TOKENS, MOST_TOKENS), excerpts=EXCERPTS)
 
 
 def _encoder_texts(
@@ -86,7 +89,7 @@ def _encoder_texts(
     work: Path,
     seed: int,
 ) -> PruningText:
-    asked = profile.calibration.tokens
+    asked = text_tokens(encoder, profile)
     content = read_content(asked, text_file)
     place = Artifact(
         directory=checkpoint.directory,

@@ -12,7 +12,8 @@ import pytest
 from compress.contracts import PrunableFamily
 from compress.errors import CompressError, UsageError
 from compress.families import load_family
-from compress.prune.amounts import Amounts, Asked, full, resolve, width_step
+from compress.profile import load_profile
+from compress.prune.amounts import Amounts, Asked, full, resolve, text_tokens, width_step
 from compress.prune.cuts import Kept, block_cuts, block_prefix, renumbered
 from compress.source import open_checkpoint
 
@@ -26,6 +27,14 @@ def described(tiny_model: Callable[[str], Path]) -> Callable[[str], Any]:
             return family.describe(checkpoint.config, checkpoint.tensors()), family.sizes, checkpoint.tensors()
 
     return get
+
+
+def test_an_encoder_is_pruned_on_more_text_unless_told_otherwise(described: Callable[[str], Any]) -> None:
+    profiles = load_profile("x86-int8"), load_profile("x86-int8", ["prune.tokens=500"])
+    for name, expected in (("llama", profiles[0].calibration.tokens), ("bert:embedding", 32_768)):
+        structure = described(name)[0]
+        assert [text_tokens(structure, profile) for profile in profiles] == [expected, 500]
+    assert profiles[0].calibration.tokens < 32_768
 
 
 def test_shares_and_numbers_are_rounded_to_what_works(described: Callable[[str], Any]) -> None:

@@ -18,6 +18,7 @@ from compress.errors import CompressError, SourceError
 from compress.prune import vocabulary
 from compress.prune._reachable import closed
 from compress.prune._tokenizer_json import read_tokenizer, renumbered
+from compress.prune.texts import read_content
 from compress.prune.vocabulary import (
     Trimmed,
     choose,
@@ -354,3 +355,11 @@ def test_real_tokenizers(reference: str, tmp_path: Path) -> None:
         result = AutoTokenizer.from_pretrained(tmp_path)
         assert result(rest)["input_ids"] == after.ids
         assert rewrite_config(config, trimmed)["vocab_size"] == len(trimmed.kept) == len(result)
+
+
+def test_all_of_a_long_text_is_read_for_its_words(tmp_path: Path) -> None:
+    path = tmp_path / "domain.txt"
+    path.write_text("ordinary words again and again. " * 80_000 + "zygote", encoding="utf-8")
+    assert read_content(None, path).content.endswith("zygote")
+    # The negative control: as much as a fit reads is not all of it.
+    assert len(read_content(8192, path).content) < path.stat().st_size
