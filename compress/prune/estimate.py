@@ -1,7 +1,8 @@
 """What pruning takes: peak memory of its worker, from sizes alone.
 
 The worker holds one block of a decoder in float32 (an encoder whole), the hidden states of all calibration tokens of
-both streams, and for one linear at a time its inputs, the second moments in float64 and the copies that solving makes.
+both streams, and for one linear at a time its inputs with their second moments: as read and inverted while units are
+chosen (very wide ones in their own memory), as summed and factored while weights are fitted.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ _LIBRARIES = 480_000_000
 _FLOAT, _DOUBLE = 4, 8
 #: Hidden states that are alive at once: inputs, outputs and the pruned stream of both, and what is wanted.
 _STATES = 7
-#: Arrays of the second moments' size that are alive at once while units are chosen (moments, their inverse, what LAPACK
-#: and the steps after it copy), as measured at Phi-3's geometry (4.74 GB in all), and while weights are fitted.
-_CHOOSING, _FITTING = 10, 4
+#: Positions for every token of an encoder's text: as many random ones, and texts of some forty tokens padded to 64.
+_ENCODER_POSITIONS = 3.2
 #: Tokens whose hidden states are kept of every block, to choose the blocks that go.
 STATE_TOKENS = 512
 
@@ -38,14 +38,17 @@ def prune_bytes(structure: Structure, profile: Profile, amounts: Amounts, *, tex
         return _LIBRARIES + weights + 2 * tables
     tokens = text_tokens(structure, profile)
     if isinstance(structure, Encoder):
-        tokens *= 2  # padded to the longest text
+        tokens = int(_ENCODER_POSITIONS * tokens)
     hidden = structure.hidden_size
     widest = max(amounts.inner, amounts.heads * structure.head_dim)
     source = max(have.inner, have.heads * structure.head_dim)
     states = _STATES * tokens * hidden * _FLOAT
-    choosing = _CHOOSING * source * source * (_FLOAT if source >= WIDE else _DOUBLE)
-    fitting = _FITTING * widest * widest * _DOUBLE
-    linear_bytes = tokens * (source + widest) * _FLOAT + max(choosing, fitting)
+    # The surgeon's second moments and weights beside those that it is given: very wide moments are overwritten.
+    own = (0, _FLOAT) if source >= WIDE else (_DOUBLE, _DOUBLE)
+    choosing = tokens * source * _FLOAT + source * (source * (_FLOAT + own[0]) + hidden * (_FLOAT + own[1]))
+    kept = _FLOAT if widest >= WIDE else _DOUBLE
+    fitting = tokens * widest * _FLOAT + 2 * kept * widest * (widest + hidden) + 2 * _FLOAT * hidden * source
+    linear_bytes = max(choosing, fitting)
     if amounts.layers < have.layers:
         states += (have.layers + 1) * STATE_TOKENS * hidden * _FLOAT
     return _LIBRARIES + weights + max(states + linear_bytes, 2 * tables)
