@@ -189,7 +189,7 @@ def test_distillation_follows_a_cut(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune_here(monkeypatch)
-    asked = ("prune.ffn=0.4", "prune.heads=0.25", "prune.recover=distill", "prune.steps=60")
+    asked = ("prune.ffn=0.6", "prune.heads=0.25", "prune.layers=1", "prune.recover=distill", "prune.steps=60")
     record = prune_to(tiny_model("bert:embedding"), tmp_path / "less", *asked)
     learnt = record["distillation"]
     assert learnt["after"] < learnt["before"] and 0 < learnt["steps"] <= 60

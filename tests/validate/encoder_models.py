@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,19 @@ def build_wordpiece(directory: Path) -> None:
     """Write a WordPiece tokenizer as BERT's, with ``vocab.txt`` beside it."""
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB - 8, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:8]], trainer)
+    # Not trained: ties are decided by hashes there, which every process has anew, and so would be what models answer.
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    counts = Counter(word for name in sorted(topics)[:8] for word, _ in split(topics[name].lower()))
+    letters = sorted({letter for word in counts for letter in word})
+    common = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    words = [*special, *letters, *(f"##{letter}" for letter in letters), *common][: VOCAB - 8]
+    tokenizer.model = models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
