@@ -619,11 +619,14 @@ class Provider(Protocol):
         name: As the command line has it.
         onnxruntime_name: As ONNX Runtime has it.
         static_shapes: Whether it takes only graphs whose every dimension is a number.
+        cache_device: ONNX Runtime's name of the memory that a decoder's cache stays in between steps, ``None`` for
+            the host's.
     """
 
     name: str
     onnxruntime_name: str
     static_shapes: bool
+    cache_device: str | None
 
     def runtime(self) -> Runtime:
         """Return how to start a process that can use it.

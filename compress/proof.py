@@ -304,11 +304,14 @@ def _bench_encoder(
 def _float_baseline(
     checkpoint: Checkpoint, profile: Profile, directory: Path, options: pipeline.ExportOptions
 ) -> Iterator[tuple[Path | None, str | None]]:
-    """Yield the float graph of the same model, built for this run only, or the reason why there is none."""
+    """Yield the float graph of the same model, built for this run only, or the reason why there is none.
+
+    Its floats are the profile's: a provider of float16 (CUDA) would leave a float32 graph's attention to the CPU.
+    """
     if "onnx_float" not in profile.validation.baselines:
         yield None, "the profile does not ask for it"
         return
-    recipe = load_profile("float")
+    recipe = load_profile("float", [f"graph.float_type={profile.graph.float_type}"])
     structure = pipeline.describe(checkpoint)
     plan = make_plan(structure, recipe, checkpoint)
     pool = pooling.resolve(structure, profile, checkpoint)

@@ -28,6 +28,7 @@ class OrtProvider:
     name = ""
     onnxruntime_name = ""
     static_shapes = False
+    cache_device: str | None = None
     package = "onnxruntime"
     environment: Environment | None = None
 

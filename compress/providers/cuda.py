@@ -23,6 +23,7 @@ class CudaProvider(OrtProvider):
 
     name = "cuda"
     onnxruntime_name = "CUDAExecutionProvider"
+    cache_device = "cuda"
     package = "onnxruntime-gpu"
     environment = ENVIRONMENT
 

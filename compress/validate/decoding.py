@@ -3,11 +3,13 @@
 Inputs: ``input_ids`` int64 ``[batch, new]``, ``attention_mask`` int64 ``[batch, past + new]``, ``position_ids`` int64
 ``[batch, new]`` (optional), ``past_key_values.N.key/value`` ``[batch, kv_heads, past, head_dim]``, and
 ``logits_to_keep`` int64 (optional, an initializer with a default: 0 keeps every position, k the last k). Outputs:
-``logits`` ``[batch, kept, vocab]`` and ``present.N.key/value``. The cache stays in ONNX Runtime's memory between steps.
+``logits`` ``[batch, kept, vocab]`` and ``present.N.key/value``. The cache stays in ONNX Runtime's memory between steps,
+on the provider's own device where it has one: copied to the host and back, it would cost more than the step itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,16 +24,18 @@ _CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "ten
 class CachedDecoder:
     """One sequence batch fed piece by piece to an ``onnxruntime.InferenceSession``.
 
-    ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number.
+    ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number. ``device`` is where
+    the cache is kept, as ONNX Runtime names devices; ``None`` for the host.
 
     Raises:
         CompressError: The graph's inputs and outputs are not those of a decoder.
     """
 
-    def __init__(self, session: Any, at_once: int | None = None) -> None:  # noqa: ANN401 - onnxruntime has no stubs
+    def __init__(self, session: Any, at_once: int | None = None, device: str | None = None) -> None:  # noqa: ANN401
         from onnxruntime import OrtValue
 
         self._session, self._value, self._at_once = session, OrtValue.ortvalue_from_numpy, at_once
+        self._device = device
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
         self._past = {name: value for name, value in inputs.items() if name.startswith(_PAST)}
@@ -84,10 +88,12 @@ class CachedDecoder:
             feeds[_KEEP] = np.full([1] * len(self._keep.shape), keep, np.int64)
         if not self._cache:
             feeds |= {name: self._empty(value, batch) for name, value in self._past.items()}
-        # Not an IOBinding: that refuses an input which has a default (it looks among the required ones only).
         values = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()} | self._cache
         names = ["logits", *(_PRESENT + name.removeprefix(_PAST) for name in self._past)]
-        logits, *present = self._session.run_with_ort_values(names, values)
+        if self._device is None:
+            logits, *present = self._session.run_with_ort_values(names, values)
+        else:
+            logits, *present = _run_on(self._session, names, values, self._device)
         self._cache = dict(zip(self._past, present, strict=True))
         self.length = total
         result: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
@@ -103,3 +109,20 @@ class CachedDecoder:
         if value.type not in _CACHE_TYPES:
             raise CompressError(f"a cache of {value.type} is not supported", where=value.name)
         return np.zeros((batch, shape[1], 0, shape[3]), _CACHE_TYPES[value.type])
+
+
+def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: str) -> list[Any]:  # noqa: ANN401
+    """Run a session, the first output fetched to the host, the others left on ``device``; return ``OrtValue``s.
+
+    Not an IOBinding: that refuses an input which has a default (it looks among the required ones only).
+    """
+    from onnxruntime import OrtDevice, OrtValue, RunOptions
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    feeds, fetches = OrtValueVector(), OrtValueVector()
+    for value in values.values():
+        feeds.push_back(value._ortvalue)
+    host, own = (OrtDevice.make(name, 0)._get_c_device() for name in ("cpu", device))
+    places = [host] + [own] * (len(names) - 1)
+    session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, places)
+    return [OrtValue(value) for value in fetches]

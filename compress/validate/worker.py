@@ -70,7 +70,7 @@ def handle(request: Json, job: Path) -> Json:
         elif kind in _JOBS:
             if decoder is None and other is not None:
                 decoder = StaticDecoder(session, other)
-            decoder = decoder or CachedDecoder(session, provider.tokens_at_once())
+            decoder = decoder or CachedDecoder(session, provider.tokens_at_once(), provider.cache_device)
             results.append(_JOBS[kind](decoder, item, part))
         else:
             raise CompressError(f"unknown job {kind!r}", where="request")

@@ -102,7 +102,7 @@ def test_quantized_weights_are_the_same_as_beside_float32(
 ) -> None:
     """Codes and scales are those of the float32 graph; activations alone differ."""
     ids = expected(name).ids[:1]
-    graphs = (HALF_INT4, HALF_INT4[1:])
+    graphs = (HALF_INT4, ("graph.float_type=float32", *HALF_INT4[1:]))
     narrow, wide = (prefill(PlainDecoder(tiny_artifact(name, "cuda-int4", *part)), ids, (PROMPT,)) for part in graphs)
     assert 0 < np.abs(narrow - wide).max() <= TOLERANCES[name]
     # Negative control: against the source, where 4 bits cost what they cost.

@@ -16,6 +16,7 @@ from compress.progress import Stages
 from compress.providers import cuda
 from compress.validate.on_provider import Terms
 from compress.validate.speed import SpeedPlan
+from tiny_models import FAMILIES
 
 
 @pytest.fixture(scope="module", params=["cuda-int4", "cuda-fp16"])
@@ -34,6 +35,9 @@ def test_the_graph_passes_the_checker(artifact: Path, profile: Profile) -> None:
     graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
     products = {node.op_type for node in graph.node if node.op_type.startswith("MatMul")}
     assert products == {"MatMulNBits" if profile.name == "cuda-int4" else "MatMul"}
+    # CUDA's grouped-query attention takes float16 and bfloat16.
+    cache = next(value for value in graph.input if value.name == "past_key_values.0.key")
+    assert cache.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_every_scheme_has_a_kernel() -> None:
@@ -43,6 +47,16 @@ def test_every_scheme_has_a_kernel() -> None:
         scheme = profile.quantize.scheme(role)  # type: ignore[arg-type]
         assert scheme is not None and provider.supports(scheme) is None
     assert provider.supports(Scheme(2, 32, True)) is not None
+
+
+def test_no_heavy_operator_may_fall_back(artifact: Path, profile: Profile) -> None:
+    """What a profile lets run on the CPU are scalars and masks: none of its operators has a weight or a cache."""
+    graph = onnx.load(artifact / "model.onnx", load_external_data=False).graph
+    allowed = set(profile.validation.allowed_fallback)
+    floats = {item.name for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT16}
+    heavy = {node.op_type for node in graph.node if floats & set(node.input) or node.op_type == "GroupQueryAttention"}
+    assert len(heavy) >= 3
+    assert heavy & allowed <= {"Gather"}  # cuda-fp16's table is gathered from too
 
 
 def test_without_a_gpu_an_export_that_would_be_measured_is_refused_before_work(
@@ -75,22 +89,26 @@ def test_a_driver_without_a_device_is_told_from_no_driver(monkeypatch: pytest.Mo
 
 
 @pytest.mark.providers
-def test_it_runs_on_a_gpu(artifact: Path, tiny_model: Callable[[str], Path], profile: Profile) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_runs_on_a_gpu(
+    name: str, tiny_artifact: Callable[..., Path], tiny_model: Callable[[str], Path], profile: Profile
+) -> None:
     found = doctor.examine("cuda")
     if not found.works:
         pytest.skip(f"cuda: {found.reason}")
     result = validate.run_validation(
-        artifact,
-        checkpoint_spec=validate.CheckpointSpec(str(tiny_model("llama"))),
+        tiny_artifact(name, profile.name),
+        checkpoint_spec=validate.CheckpointSpec(str(tiny_model(name))),
         budgets={},
         providers=("cuda",),
-        tokens=64,
-        window=32,
+        tokens=96,
+        window=48,  # past the sliding window, and past LongRoPE's switch
         pytorch_baseline=False,
         speed_plan=SpeedPlan(8, 3, 1, timeout=300),
         terms=Terms(allowed_fallback=profile.validation.allowed_fallback),
     )
     (verdict,) = result.providers
-    assert verdict.state == "ran", result.verdict.reasons
+    assert verdict.placement is not None
+    assert verdict.state == "ran", verdict.placement.fallback_nodes
     assert verdict.drift_from_cpu is not None
     assert verdict.drift_from_cpu.kl_divergence.mean < 1e-3  # type: ignore[union-attr]

@@ -35,6 +35,17 @@ def test_pieces_give_the_logits_of_the_whole(artifact: Path, at_once: int, keep:
     assert keep == 1 or np.abs(expected[:, 0] - expected[:, -1]).max() > 0.1
 
 
+def test_a_cache_kept_on_a_device_gives_the_same_logits(artifact: Path) -> None:
+    """The host stands for the device: what is tested is the way there, by ONNX Runtime's vectors of values."""
+    session = providers.load("cpu").session(artifact, {}, 1)
+    handed, kept = CachedDecoder(session), CachedDecoder(session, device="cpu")
+    for start, stop in ((0, 7), (7, 8), (8, 11)):
+        expected, found = (decoder.feed(TOKENS[:, start:stop], 1) for decoder in (handed, kept))
+        np.testing.assert_array_equal(found, expected)
+    kept.reset()
+    assert np.abs(kept.feed(TOKENS[:, 8:11], 1) - expected).max() > 0.1  # the control: without what came before
+
+
 def test_no_run_is_given_more_than_its_limit(artifact: Path) -> None:
     session = providers.load("cpu").session(artifact, {}, 1)
     given: list[int] = []

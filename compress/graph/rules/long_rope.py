@@ -3,7 +3,7 @@
 Before: ``GroupQueryAttention(..., cos_cache, sin_cache)``, tables ``[short factors; long factors]`` one below the
         other. The fused node indexes them with plain positions, so the long factors would never be read from their
         first row.
-After:  the same node with ``position_ids = position + (total_sequence_length > switch) * switch``.
+After:  the same node with ``position_ids = position + (switch if total_sequence_length > switch else 0)``.
 
 A position is counted from each row's own length (``attention_mask`` summed), so right-padded batches stay right. The
 tables are not copied: choosing between two of them with If or Where would copy megabytes for every token.
@@ -61,7 +61,7 @@ def _positions(graph: ir.Graph, before: ir.Node, switch: int) -> ir.Value:
     length = call("length", "ReduceSum", [mask, axis], keepdims=1)
     past = call("past", "Max", [call("difference", "Sub", [length, new]), zero])
     switch_value = constant("switch", switch)
-    long = call("is_long", "Cast", [call("beyond", "Greater", [total, switch_value])], to=int(ir.DataType.INT64))
-    offset = call("offset", "Mul", [long, switch_value])
+    # Not a product: profiles name by its operator what a GPU may leave to the CPU, and Mul is the feed-forward's too.
+    offset = call("offset", "Where", [call("beyond", "Greater", [total, switch_value]), switch_value, zero])
     plain = call("plain", "Add", [past, call("range", "Range", [zero, new, one])])
     return call("positions", "Add", [plain, offset])
