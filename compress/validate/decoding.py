@@ -4,7 +4,7 @@ Inputs: ``input_ids`` int64 ``[batch, new]``, ``attention_mask`` int64 ``[batch,
 ``[batch, new]`` (optional), ``past_key_values.N.key/value`` ``[batch, kv_heads, past, head_dim]``, and
 ``logits_to_keep`` int64 (optional, an initializer with a default: 0 keeps every position, k the last k). Outputs:
 ``logits`` ``[batch, kept, vocab]`` and ``present.N.key/value``. The cache stays in ONNX Runtime's memory between steps,
-on the provider's own device where it has one: copied to the host and back, it would cost more than the step itself.
+on the provider's own device where it has one: copies to the host and back made steps 1.1 to 1.6 times as long on a GPU.
 """
 
 from __future__ import annotations
