@@ -260,12 +260,14 @@ class Encoder(Structure):
             each int64 ``[batch, sequence]``.
         labels: Names of a classifier's outputs, in order; empty for other tasks.
         junctions: Where its blocks meet, in order.
+        tanh: Its GELU is the tanh form.
     """
 
     task: str
     inputs: tuple[str, ...]
     labels: tuple[str, ...] = ()
     junctions: tuple[Junction, ...] = ()
+    tanh: bool = False
 
 
 #: Key of a config: how many heads a block has left, the first ones, where transformers takes their size from their

@@ -99,7 +99,8 @@ def test_float_graph_equals_pytorch(tmp_path: Path) -> None:
 
 
 def test_generates_text(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = "Monday, Tuesday, Wednesday,"
+    # A week to copy: without it what follows is nearly a tie at 4 bits, and processors whose kernels round otherwise go
+    # on differently; with it the second best token is behind by 1.2 of a logit at least.
+    prompt = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday, Tuesday, Wednesday,"
     assert cli.run(["generate", str(artifact), prompt, "--raw", "--new-tokens", "12"]) == 0
-    # What follows is nearly a tie at 4 bits: processors whose kernels round otherwise go on differently.
-    assert capsys.readouterr().out.lstrip().startswith("Thursday, Friday,")
+    assert capsys.readouterr().out.lstrip().startswith("Thursday, Friday, Saturday, Sunday, Monday")

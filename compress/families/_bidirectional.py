@@ -219,6 +219,7 @@ class BidirectionalFamily:
                 inputs=("input_ids", "attention_mask", *(("token_type_ids",) if self._types else ())),
                 labels=labels,
                 junctions=junctions,
+                tanh=config.get(self._key("hidden_act"), "gelu") != "gelu",
             ),
             tensors,
         )

@@ -120,7 +120,6 @@ def geometry_of(
     *,
     schemes: Mapping[str, Scheme] | None = None,
     keep_float: Collection[str] = (),
-    tanh: bool = False,
 ) -> Geometry:
     """Return what the time of a model under a profile depends on.
 
@@ -129,7 +128,6 @@ def geometry_of(
         profile: How its linears are stored.
         schemes: Schemes of linears, by name, that go before the profile's.
         keep_float: Linears, by name, that stay float32.
-        tanh: The model's own GELU is the tanh form (a decoder's always is, here).
 
     Raises:
         UsageError: The profile is for another processor, or its graph is of fixed shapes.
@@ -151,7 +149,7 @@ def geometry_of(
     kv_heads = structure.kv_heads if isinstance(structure, Decoder) else structure.heads
     head, pieces = _head(structure, quantize, stored)
     first = Geometry(
-        style=_style(structure, profile, blocks, tanh=tanh),
+        style=_style(structure, profile, blocks),
         hidden=structure.hidden_size,
         inner=next(linear.in_features for linear, _ in blocks if linear.role == "down"),
         kv_heads=kv_heads,
@@ -166,7 +164,7 @@ def geometry_of(
     return replace(first, footprint=sum(part.nbytes * count for part, count in first.parts().items()))
 
 
-def _style(structure: Structure, profile: Profile, blocks: list[tuple[Linear, Stored]], *, tanh: bool) -> Style:
+def _style(structure: Structure, profile: Profile, blocks: list[tuple[Linear, Stored]]) -> Style:
     decoder = isinstance(structure, Decoder)
     gated = any(linear.role == "gate_up" for linear, _ in blocks)
     dynamic = any(way.dynamic for _, way in blocks)
@@ -175,7 +173,7 @@ def _style(structure: Structure, profile: Profile, blocks: list[tuple[Linear, St
         rms=_rms(structure),
         bias=any(linear.bias for linear, _ in blocks),
         gated=gated,
-        tanh=not gated and (tanh or decoder or profile.graph.gelu == "tanh"),
+        tanh=not gated and (not isinstance(structure, Encoder) or structure.tanh or profile.graph.gelu == "tanh"),
         rotary=isinstance(structure, Decoder) and structure.rope_shape is not None,
         smoothed=not decoder and dynamic and profile.quantize.smoothing == "calibrated",
         packed=not decoder and "packed_attention" in profile.graph.fusions,

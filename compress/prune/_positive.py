@@ -17,7 +17,15 @@ Floats = npt.NDArray[np.floating[Any]]
 #: Runs work for every piece, by threads; results in order.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 
+#: From so many rows on products and inverses are kept in float32: 8,192 rows take 537 MB in float64, and what is added
+#: to the diagonal is far above float32's rounding.
+WIDE = 6000
 _ROWS = 256
+
+
+def kind(rows: int) -> type[np.floating[Any]]:
+    """Return what products and inverses of so many rows are kept in."""
+    return np.float32 if rows >= WIDE else np.float64
 
 
 def invert(matrix: Floats) -> bool:

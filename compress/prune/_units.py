@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import IntArray, Removal, Units
+from compress.prune._positive import pieces
 
 Scores = npt.NDArray[np.float64]
 
@@ -14,6 +15,13 @@ def by_unit(channels: npt.NDArray[np.floating], size: int) -> Scores:
     """Return sums over each unit's channels, float64 ``[units]``, of ``channels`` ``[K]``."""
     found: Scores = channels.astype(np.float64).reshape(-1, size).sum(axis=1)
     return found
+
+
+def output_power(units: Units) -> float:
+    """Return the power of the reading linear's outputs while all units are there: ``tr(W H W^T)``."""
+    assert units.moments is not None
+    rows = (units.weight[some] for some in pieces(len(units.weight)))  # no second array of the weight's size
+    return sum(float(np.einsum("nk,nk->", part @ units.moments, part, dtype=np.float64)) for part in rows)
 
 
 def lowest_first(scores: Scores, units: Units, count: int) -> Removal:

@@ -100,7 +100,7 @@ class BlockPruner:
         mixed = before + self._outputs(parts.attention, inputs, channels)
         del inputs
         if self._normed:
-            seen, _ = block.watch(parts.read(True), stream)
+            seen, _ = block.watch((parts.up, parts.down), stream)
             mixed, inputs = seen.pop(parts.up.name), seen.pop(parts.down.name)
         else:
             inputs = block.inputs(parts.down, stream)
@@ -123,7 +123,7 @@ class BlockPruner:
 
         Where the outputs are not normed they are the second, which is ``None`` then.
         """
-        seen, outputs = block.watch((parts.attention, *(parts.read(True) if self._normed else ())))
+        seen, outputs = block.watch((parts.attention, *((parts.up, parts.down) if self._normed else ())))
         attended = _flat(block.hidden) + self._outputs(parts.attention, seen[parts.attention.name])
         if not self._normed:
             return attended, None, outputs
@@ -308,10 +308,6 @@ class _Parts:
         self.attention: BlockLinear = roles["attention_output"]
         self.up: BlockLinear = roles.get("gate_up") or roles["up"]
         self.down: BlockLinear = roles["down"]
-
-    def read(self, normed: bool) -> tuple[BlockLinear, ...]:
-        """Return the linears whose inputs the feed-forward's fit needs."""
-        return (self.up, self.down) if normed else (self.down,)
 
 
 def _flat(states: torch.Tensor) -> FloatArray:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import FloatArray, Units
+from compress.prune._units import output_power
 from compress.prune.surgeon import PRUNER as SURGEON
 
 #: Of the neurons, this share stays at least: what is left of less is another model.
@@ -30,8 +31,7 @@ def of_units(units: Units, scale: float, least: int) -> dict[int, float]:
         scale: Power of the stream that a power of the reading linear's outputs is a share of, inverted.
         least: How many units stay at least.
     """
-    assert units.moments is not None
-    power = float(np.einsum("nk,nk->", units.weight @ units.moments, units.weight, dtype=np.float64))
+    power = output_power(units)
     lost = SURGEON.remove(units, units.count - least, seed=0).losses * power * scale
     return {units.count - removed: float(value) for removed, value in enumerate(lost)}
 

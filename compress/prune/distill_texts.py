@@ -13,7 +13,7 @@ from compress.validate.text import Text
 
 #: A decoder's tokens, in windows of so many.
 TOKENS, WINDOW = 65_536, 256
-#: An encoder's texts, and where they are cut, in tokens.
+#: An encoder's texts, so many that the default steps see each about twice, and where they are cut, in tokens.
 TEXTS, LONGEST = 6000, 128
 
 

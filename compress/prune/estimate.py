@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from compress.contracts import Encoder, Structure
 from compress.profile import Profile
+from compress.prune._positive import WIDE
 from compress.prune.amounts import Amounts, full, text_tokens
-from compress.prune.surgeon import WIDE
 
 #: torch and transformers, imported; encoders' classes and optimum's tasks too.
 _LIBRARIES = 480_000_000

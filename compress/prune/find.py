@@ -66,9 +66,7 @@ def find(
             where="prune.max_kl",
             hint="--set prune.speedup=1.5",
         )
-    activation = checkpoint.config.get("hidden_act", checkpoint.config.get("activation"))
-    tanh = activation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-    have, geometry = full(structure), geometry_of(structure, profile, tanh=tanh)
+    have, geometry = full(structure), geometry_of(structure, profile)
     curves = _curves(checkpoint, source, structure, profile, options, work, lambda part: progress(0.5 * part))
     workload = Workload(1, 1, _CONTEXT) if isinstance(structure, Decoder) else Workload(1, _CONTEXT, 0)
 

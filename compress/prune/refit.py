@@ -16,24 +16,21 @@ for Accelerating Very Deep Neural Networks", arXiv 1707.06168.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import FloatArray, IntArray
-from compress.prune._positive import Map, solve
+from compress.errors import CompressError
+from compress.prune._positive import Floats, Map, kind, solve
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)
 #: Every so many tokens one is kept from the fit to choose the share.
 _HELD_OUT = 5
-#: From so many inputs on products are kept in float32: half the memory, and the ridge is far above its rounding.
-WIDE = 6000
 #: Columns of ``X^T C X`` that one thread computes, and tokens that are summed in float32.
 _BAND, _TOKENS = 512, 1024
 
 Doubles = npt.NDArray[np.float64]
-Sums = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,10 @@ def refit_moments(weight: FloatArray, moments: FloatArray, kept: IntArray, share
     inner = moments[np.ix_(kept, kept)].astype(np.float64)
     inner[np.diag_indices_from(inner)] += share * max(float(np.diagonal(inner).mean()), 1e-30)
     change = weight[:, gone].astype(np.float64) @ moments[np.ix_(gone, kept)].astype(np.float64)
-    assert solve(inner, change, lambda work, rows: [work(row) for row in rows]), "a ridge in float64 has a solution"
+    if not solve(inner, change, lambda work, rows: [work(row) for row in rows]):
+        raise CompressError(
+            "second moments of the text's activations have no ridge solution", hint="another --calibration-text"
+        )
     return (weight[:, kept] + change).astype(np.float32)
 
 
@@ -120,8 +120,8 @@ def refit_moments(weight: FloatArray, moments: FloatArray, kept: IntArray, share
 class _Sums:
     """``X^T C X``, ``R^T C X`` and the weighted sums of X, R and 1; float64, products of very wide X float32."""
 
-    gram: Sums
-    cross: Sums
+    gram: Floats
+    cross: Floats
     inputs: Doubles
     residuals: Doubles
     count: float
@@ -129,8 +129,7 @@ class _Sums:
     @classmethod
     def none(cls, columns: int, outputs: int) -> _Sums:
         """Return the sums over no token."""
-        kind = np.float32 if columns >= WIDE else np.float64
-        gram, cross = np.zeros((columns, columns), kind), np.zeros((outputs, columns), kind)
+        gram, cross = np.zeros((columns, columns), kind(columns)), np.zeros((outputs, columns), kind(columns))
         return cls(gram, cross, np.zeros(columns), np.zeros(outputs), 0.0)
 
 

@@ -13,24 +13,18 @@ pruning: Optimal Brain Surgeon", NIPS 1992.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from compress.contracts import IntArray, Removal, Units
 from compress.errors import CompressError
-from compress.prune._positive import invert, pieces, selected
-from compress.prune._units import Quota
+from compress.prune._positive import Floats, invert, kind, pieces, selected
+from compress.prune._units import Quota, output_power
 
 #: Of the mean of H's diagonal, added to it: channels that the text never used have no inverse otherwise.
 DAMPING = 1e-2
 #: Single channels that are removed at once: this part of those that are left.
 _AT_ONCE = 64
-#: From so many channels on H^-1 is kept in float32: 8,192 channels take 512 MB in float64.
-WIDE = 6000
-
-Floats = npt.NDArray[np.floating[Any]]
 
 
 class Surgeon:
@@ -65,13 +59,12 @@ class _State:
 
     def __init__(self, units: Units) -> None:
         assert units.moments is not None
-        kind = np.float32 if units.weight.shape[1] >= WIDE else np.float64
-        self.power = sum(_power(units.weight[rows], units.moments) for rows in pieces(len(units.weight)))
+        self.power = output_power(units)
         self.size, self.units = units.size, np.arange(units.count)
         self._there = np.ones(units.count, bool)
-        self._inverse: Floats = _inverse(units.moments, kind)
+        self._inverse: Floats = _inverse(units.moments)
         # Scores only need W^T W's blocks; W itself is smaller than that where a block has fewer outputs than inputs.
-        self._weight: Floats = units.weight.astype(kind, order="C")  # the caller's stays as it is
+        self._weight: Floats = units.weight.astype(self._inverse.dtype, order="C")  # the caller's stays as it is
 
     def scores(self) -> npt.NDArray[np.float64]:
         """Return what each unit's removal costs, float64 ``[units]``; infinite for those that are gone."""
@@ -115,9 +108,9 @@ class _State:
         return float(np.einsum("kn,nk->", solved, weight, dtype=np.float64))
 
 
-def _inverse(moments: Floats, kind: type[np.floating[Any]]) -> Floats:
-    """Return the inverse of damped moments, in their memory where they are of this kind."""
-    inverse = np.ascontiguousarray(moments, kind)
+def _inverse(moments: Floats) -> Floats:
+    """Return the inverse of damped moments, in their memory where they are of the kind that it is kept in."""
+    inverse = np.ascontiguousarray(moments, kind(len(moments)))
     inverse[np.diag_indices_from(inverse)] += DAMPING * max(float(np.diagonal(moments).mean(dtype=np.float64)), 1e-30)
     if not invert(inverse):
         raise CompressError(
@@ -125,10 +118,6 @@ def _inverse(moments: Floats, kind: type[np.floating[Any]]) -> Floats:
             hint="prune.algorithm=activation, or another --calibration-text",
         )
     return inverse
-
-
-def _power(weight: Floats, moments: Floats) -> float:
-    return float(np.einsum("nk,nk->", weight @ moments, weight, dtype=np.float64))
 
 
 PRUNER = Surgeon()

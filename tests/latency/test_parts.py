@@ -71,8 +71,7 @@ def test_parts_have_the_operators_of_the_artifact(
     name: str, profile: str, tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
 ) -> None:
     recipe = load_profile(profile)
-    tanh = name.startswith("albert")  # its config's hidden_act is gelu_new
-    geometry = geometry_of(structure_of(tiny_model(name)), recipe, tanh=tanh)
+    geometry = geometry_of(structure_of(tiny_model(name)), recipe)
     workload = standard_workloads(decoder=geometry.style.decoder)
     expected: Counter[str] = Counter()
     for part, count in geometry.parts().items():

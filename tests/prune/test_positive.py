@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compress.contracts import Units
+from compress.errors import CompressError
+from compress.prune import _positive
 from compress.prune._positive import invert, selected, solve
+from compress.prune.refit import refit
+from compress.prune.surgeon import PRUNER
 
 
 def definite(size: int, kind: type[np.floating[Any]]) -> np.ndarray[Any, Any]:
@@ -65,3 +70,43 @@ def test_rows_and_columns_are_selected_in_place(rows: Iterable[int], columns: It
     found = selected(matrix, *asked)
     assert np.array_equal(found, expected)
     assert not found.size or np.shares_memory(found, matrix)
+
+
+def correlated(tokens: int, channels: int) -> np.ndarray[Any, Any]:
+    """Return float32 inputs whose channels say some of the same."""
+    draw = np.random.default_rng(4)
+    mixing = np.eye(channels) + 0.5 * draw.normal(size=(channels, channels)) / channels**0.5
+    return np.asarray(draw.normal(size=(tokens, channels)) @ mixing, np.float32)
+
+
+def test_very_wide_linears_are_pruned_the_same_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From ``WIDE`` channels on all is float32, in the moments' own memory: here it begins at one channel."""
+    x, draw = correlated(900, 96), np.random.default_rng(5)
+    weight = draw.normal(size=(20, 96)).astype(np.float32)
+    wanted = (x @ weight.T + 0.1 * draw.normal(size=(900, 20))).astype(np.float32)
+    seen = (x.T @ x / len(x)).astype(np.float32)
+    removals, fits, overwritten = [], [], []
+    for least in (6000, 1):
+        monkeypatch.setattr(_positive, "WIDE", least)
+        moments = seen.copy()
+        removals.append(PRUNER.remove(Units(weight, np.zeros(96, np.float32), moments), 70, seed=0))
+        overwritten.append(not np.array_equal(moments, seen))
+        part = np.ascontiguousarray(weight[:, :60])
+        counts = np.ones(900, np.float32)
+        run = lambda work, some: [work(piece) for piece in some]  # noqa: E731
+        fits.append(refit(np.ascontiguousarray(x[:, :60]), wanted.copy(), part, None, counts, run))
+    assert overwritten == [False, True]
+    assert np.array_equal(removals[0].order, removals[1].order)
+    np.testing.assert_allclose(removals[1].losses, removals[0].losses, rtol=1e-4)
+    assert fits[0].share == fits[1].share and fits[1].after < fits[1].before
+    change = np.abs(fits[0].weight - weight[:, :60]).max()
+    assert np.abs(fits[1].weight - fits[0].weight).max() < 1e-4 * change
+    # The negative control: without the correction of what stays another order comes out.
+    diagonal = Units(weight, np.zeros(96, np.float32), np.diag(np.diagonal(seen)).copy())
+    assert not np.array_equal(PRUNER.remove(diagonal, 70, seed=0).order, removals[0].order)
+
+
+def test_moments_without_an_inverse_are_told() -> None:
+    moments = np.diag([1.0, -1.0, 1.0]).astype(np.float32)
+    with pytest.raises(CompressError, match="too near to singular"):
+        PRUNER.remove(Units(np.ones((2, 3), np.float32), np.ones(3, np.float32), moments), 1, seed=0)
