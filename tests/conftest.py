@@ -69,10 +69,12 @@ def tiny_model(shared: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def skeletons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Skeletons:
+def skeletons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Skeletons]:
     """Return the kept skeletons: of earlier runs too, unless pytest keeps no cache."""
     cache = getattr(request.config, "cache", None)
-    return Skeletons(tmp_path_factory.mktemp("skeletons") if cache is None else cache.mkdir("skeletons"))
+    kept = Skeletons(tmp_path_factory.mktemp("skeletons") if cache is None else cache.mkdir("skeletons"))
+    yield kept
+    kept.close()
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import shutil
 import string
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +241,10 @@ def save_tiny_model(name: str, directory: Path, **changes: Any) -> Path:
 
 
 class Skeletons:
-    """Graph skeletons built in this process and kept: the worker spends eight seconds on its imports for each.
+    """Graph skeletons built in one process beside this one and kept: a worker for each spends eight seconds on imports.
+
+    Beside, not inside: exports build them in a thread while tests load models in another, and transformers turns the
+    tying of weights off, for the whole process, as long as any model is being loaded.
 
     They are kept from run to run, under a name that changes with what they are made of: config, task, the code that
     builds them and the libraries' versions. ``tests/graph/test_skeleton.py`` holds the worker to the same bytes.
@@ -253,6 +258,12 @@ class Skeletons:
         libraries = ("torch", "transformers", "onnxscript", "onnx-ir", "optimum", "mobius-onnx")
         versions = " ".join(importlib.metadata.version(name) for name in libraries)
         self._made_by = b"".join([*sources, versions.encode()])
+        self._builder: ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the process that builds, if there is one."""
+        if self._builder is not None:
+            self._builder.shutdown()
 
     def build(self, config_directory: Path, output: Path, task: str = "", *, environment: Any = None) -> None:
         """Stand in for :func:`compress.graph.skeleton.build_skeleton`."""
@@ -263,8 +274,10 @@ class Skeletons:
         kept = self._directory / f"{digest}.onnx"
         if not kept.exists():
             fresh = self._directory / f"{digest}-{os.getpid()}.onnx"  # another run may be at the same one
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the worker's warnings end in its log
-                skeleton._work(str(config_directory), str(fresh), task)
+            if self._builder is None:
+                self._builder = ProcessPoolExecutor(
+                    1, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",)
+                )
+            self._builder.submit(skeleton._work, str(config_directory), str(fresh), task).result()
             fresh.replace(kept)
         shutil.copyfile(kept, output)
