@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from compress.contracts import Scheme
 from compress.graph.size import predict_graph_bytes
-from compress.plan import INLINE_LIMIT, Fate, Plan, StoredTensor
+from compress.planning import INLINE_LIMIT, Fate, Plan, StoredTensor
 from compress.profile import Profile
 from compress.quantize.allocate import TIME_WEIGHT, Allocation, Candidate, Option, allocate
 from compress.quantize.options import BLOCK_SIZES, decode_cost, schemes_for, tensor_bytes
@@ -120,7 +120,7 @@ def assign(
 
     Args:
         candidates: The tensors that are open, with their losses.
-        replan: Makes a plan with these schemes by name (:func:`compress.plan.make_plan`).
+        replan: Makes a plan with these schemes by name (:func:`compress.planning.make_plan`).
         max_bytes: The most bytes of graph and weights.
         max_loss: The most predicted loss, nats a token.
         time_weight: Nats that being as slow again is worth.

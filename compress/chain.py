@@ -17,14 +17,14 @@ from compress import pipeline, pooling
 from compress.contracts import Checkpoint
 from compress.package.staging import write_file
 from compress.package.writer import require_space
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.progress import Stages
 from compress.report import chain as report_chain
 from compress.report import json as report_json
 from compress.report.model import ChainStep, Pruning
-from compress.validate.on_provider import Terms
-from compress.validate.run import Validation
+from compress.validation.on_provider import Terms
+from compress.validation.run import Validation
 
 #: Validates a graph's directory, given what both kinds of model share.
 Validate = Callable[[Path, Mapping[str, Any]], Validation]

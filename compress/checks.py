@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from compress.assign import open_tensors
 from compress.contracts import Encoder, Structure
 from compress.errors import ProviderError, UsageError
-from compress.plan import Plan
+from compress.planning import Plan
 from compress.profile import Profile
-from compress.validate.labels import read_examples
+from compress.validation.labels import read_examples
 
 if TYPE_CHECKING:
     from compress.pipeline import ExportOptions
@@ -22,7 +22,7 @@ def check_provider(profile: Profile) -> None:
     Raises:
         ProviderError: With the reason and both remedies.
     """
-    from compress.validate.on_provider import require
+    from compress.validation.on_provider import require
 
     try:
         require((profile.provider,))

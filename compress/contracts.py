@@ -583,7 +583,7 @@ class BlockLearner(Protocol):
 
         Args:
             block: Its inputs are those of the quantized blocks before it.
-            fates: The plan's :class:`compress.plan.Fate` of each linear to quantize, by name.
+            fates: The plan's :class:`compress.planning.Fate` of each linear to quantize, by name.
             targets: The outputs to come near to, float32 ``[windows, length, hidden]``.
             scale_format: What block scales are rounded to.
         """

@@ -17,7 +17,7 @@ import numpy as np
 from compress import providers
 from compress.contracts import Evidence, StaticallyChecked
 from compress.errors import CompressError, ProviderError
-from compress.validate.protocol import Json, run_worker
+from compress.validation.protocol import Json, run_worker
 
 TIMEOUT_SECONDS = 120.0
 _WIDTH = 16

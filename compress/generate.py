@@ -12,9 +12,9 @@ import numpy as np
 
 from compress import providers
 from compress.errors import CompressError, UsageError
-from compress.validate.artifact import DECODING, Artifact, open_artifact
-from compress.validate.decoding import CachedDecoder
-from compress.validate.static_decoding import StaticDecoder, decode_graph
+from compress.validation.artifact import DECODING, Artifact, open_artifact
+from compress.validation.decoding import CachedDecoder
+from compress.validation.static_decoding import StaticDecoder, decode_graph
 
 
 def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads: int | None) -> Iterator[str]:

@@ -25,17 +25,17 @@ from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
 from compress.package import load_target, manifest, staging
 from compress.package.writer import DataFile, require_space
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import load_task
-from compress.validate import text
-from compress.validate.encoder_run import check_length
-from compress.validate.protocol import CheckpointSpec
-from compress.validate.static_decoding import DECODE_NAME
+from compress.validation import text
+from compress.validation.encoder_run import check_length
+from compress.validation.protocol import CheckpointSpec
+from compress.validation.static_decoding import DECODE_NAME
 
 if TYPE_CHECKING:
     from compress.calibrate.decoder import DecoderCalibration

@@ -16,7 +16,7 @@ from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
 from compress.package.writer import require_space
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile, parse_profile
 from compress.profile import Validation as MeasurePlan
 from compress.progress import Stages
@@ -25,12 +25,12 @@ from compress.report import json as report_json
 from compress.report import model as report
 from compress.report.environment import environment
 from compress.source.sentence_transformers import Pooling
-from compress.validate import on_provider, text
-from compress.validate.artifact import DECODING, Artifact, open_artifact
-from compress.validate.memory import check_memory
-from compress.validate.protocol import CheckpointSpec
-from compress.validate.run import Validation, run_validation
-from compress.validate.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
+from compress.validation import on_provider, text
+from compress.validation.artifact import DECODING, Artifact, open_artifact
+from compress.validation.memory import check_memory
+from compress.validation.protocol import CheckpointSpec
+from compress.validation.run import Validation, run_validation
+from compress.validation.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
 
 REPORT_NAME = "report.json"
 
@@ -162,7 +162,7 @@ def _budgets(profile: Profile, options: pipeline.ExportOptions) -> dict[str, flo
 def _run_encoder(
     directory: Path, measured: MeasurePlan, pool: Pooling | None, labels: Path | None, shared: Mapping[str, Any]
 ) -> Validation:
-    from compress.validate.encoder_run import run_encoder_validation
+    from compress.validation.encoder_run import run_encoder_validation
 
     return run_encoder_validation(
         directory,
@@ -285,7 +285,7 @@ def bench_artifact(
 def _bench_encoder(
     artifact: Path, opened: Artifact, wanted: Sequence[str], repeats: int, threads: int
 ) -> dict[str, Any]:
-    from compress.validate.encoder_speed import EncoderSpeedPlan, measure_encoder_speed
+    from compress.validation.encoder_speed import EncoderSpeedPlan, measure_encoder_speed
 
     recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
     names = tuple(wanted) or (recipe.provider,)

@@ -8,7 +8,7 @@ import numpy as np
 
 from compress.contracts import Checkpoint, FloatArray, Slice
 from compress.errors import SourceError
-from compress.plan import Fate
+from compress.planning import Fate
 from compress.quantize.finite import first_nonfinite
 
 #: Weights that are held as float32 at once: 8 MiB of them, small enough for the promise, large enough to read well.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from compress.contracts import Encoder
 from compress.errors import ResourceError
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.profile import Profile
 from compress.reading import CHUNK_WEIGHTS
 from compress.sizes import format_size

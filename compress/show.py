@@ -12,13 +12,13 @@ from compress.catalog import CatalogEntry
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import CompressError
 from compress.package import manifest
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.profile import Profile
 from compress.quantize.scheme import scheme_name
 from compress.report import allocation as allocated
 from compress.report.model import Allocation
 from compress.sizes import format_size
-from compress.validate.artifact import DECODING
+from compress.validation.artifact import DECODING
 
 # ------------------------------------------------------------------------------------------------------------ plan
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from compress.contracts import FloatArray, QuantizedRows, Scheme
 from compress.errors import SourceError
 from compress.package.writer import DataFile
-from compress.plan import Fate, Plan, StoredTensor
+from compress.planning import Fate, Plan, StoredTensor
 from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
 from compress.quantize.scales import pack_scales
 from compress.quantize.scheme import zero_code

@@ -20,7 +20,7 @@ from compress.allocator import keep_buffers
 from compress.calibrate.smoothing import Smoothing, changed_rows, changes
 from compress.contracts import Checkpoint, FloatArray, Quantizer
 from compress.package.writer import DataFile
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
 from compress.store import AnyArray, Store
 

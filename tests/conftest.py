@@ -45,7 +45,7 @@ def workers() -> Iterator[Starter | None]:
 def real_workers() -> Iterator[None]:
     """Start every worker as users do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.validate.protocol.subprocess", subprocess)
+        patch.setattr("compress.validation.protocol.subprocess", subprocess)
         yield
 
 

@@ -34,9 +34,9 @@ MODULES = frozenset(
         "calibrate.self_text_worker",
         "prune.distill_worker",
         "prune.worker",
-        "validate.encoder_reference",
-        "validate.reference",
-        "validate.tokenization",
+        "validation.encoder_reference",
+        "validation.reference",
+        "validation.tokenization",
     )
 )
 _POLL_SECONDS = 0.01
@@ -44,7 +44,7 @@ _ENDED = "ended"
 
 
 class Forked:
-    """As much of :class:`subprocess.Popen` as ``compress.validate.protocol`` uses."""
+    """As much of :class:`subprocess.Popen` as ``compress.validation.protocol`` uses."""
 
     def __init__(self, pid: int, status: Path) -> None:
         self.pid, self._status = pid, status
@@ -65,7 +65,7 @@ class Forked:
 
 
 class Starter:
-    """Stands in for the module ``subprocess`` in ``compress.validate.protocol``."""
+    """Stands in for the module ``subprocess`` in ``compress.validation.protocol``."""
 
     DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
 
@@ -107,7 +107,7 @@ def forked_workers() -> Iterator[Starter]:
     """Let workers be forked."""
     starter = Starter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.validate.protocol.subprocess", starter)
+        patch.setattr("compress.validation.protocol.subprocess", starter)
         yield starter
     starter.close()
 
@@ -116,7 +116,7 @@ def forked_workers() -> Iterator[Starter]:
 
 
 def _serve(parent: int) -> None:
-    from compress.validate.protocol import _die_with_parent
+    from compress.validation.protocol import _die_with_parent
 
     _die_with_parent(parent)
     answers = os.fdopen(os.dup(1), "w")

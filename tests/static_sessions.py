@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from compress.validate.static_decoding import DECODE_NAME, StaticDecoder
+from compress.validation.static_decoding import DECODE_NAME, StaticDecoder
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]

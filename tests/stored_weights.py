@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 
 Arrays = dict[str, np.ndarray]
 

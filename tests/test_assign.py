@@ -14,7 +14,7 @@ from compress import pipeline
 from compress.assign import assign, candidate, fixed_bytes, open_tensors
 from compress.contracts import Scheme
 from compress.errors import BudgetError
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.providers import load as load_provider
 from compress.quantize.options import decode_cost, schemes_for, tensor_bytes

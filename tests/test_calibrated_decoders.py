@@ -152,7 +152,7 @@ def lost(artifact: Path, source: Path) -> float:
     import torch
     import transformers
 
-    from compress.validate import text
+    from compress.validation import text
 
     windows = text.windows(text.embedded("evaluation"), artifact, length=64, tokens=2048, vocab_size=VOCABULARY)
     places = np.tile(np.arange(64), (len(windows), 1))
@@ -310,7 +310,7 @@ def test_a_byte_budget_is_planned_kept_and_reported(
     assert "predicted KL" in page
 
     # Validated again, on the text that it was calibrated on: nothing is forgotten, and the report says so.
-    from compress.validate import text
+    from compress.validation import text
 
     (tmp_path / "again.txt").write_text(text.embedded("calibration").content)
     words = ["validate", str(output), "--reference", model, "--eval-text", str(tmp_path / "again.txt")]

@@ -27,7 +27,7 @@ SHORT = (
     "validation.new_tokens=8",
     "validation.repeats=1",
 )
-#: The float graph as a baseline costs an export of its own; tests/validate measures it on small models.
+#: The float graph as a baseline costs an export of its own; tests/validation measures it on small models.
 PYTORCH_ONLY = (*SHORT, 'validation.baselines=["pytorch"]')
 
 

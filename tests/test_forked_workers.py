@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compress.errors import CompressError, WorkerError
-from compress.validate.protocol import CheckpointSpec, Json, run_worker
+from compress.validation.protocol import CheckpointSpec, Json, run_worker
 from forked_workers import Starter
 from tiny_models import VOCABULARY
 
@@ -32,7 +32,7 @@ def test_a_forked_worker_gives_the_real_ones_bytes(
 ) -> None:
     count = len(workers.forked)
     forked, answer = logits(tiny_model("llama"), tmp_path)
-    assert workers.forked[count:] == ["compress.validate.reference"]
+    assert workers.forked[count:] == ["compress.validation.reference"]
     request.getfixturevalue("real_workers")
     real, other = logits(tiny_model("llama"), tmp_path)
     assert len(workers.forked) == count + 1 and real == forked

@@ -14,13 +14,13 @@ import pytest
 from compress import checks, pipeline
 from compress.errors import CompressError, UsageError
 from compress.generate import stream
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.source import open_checkpoint
-from compress.validate.artifact import open_artifact
-from compress.validate.protocol import Json, run_worker
-from compress.validate.static_decoding import DECODE_NAME
+from compress.validation.artifact import open_artifact
+from compress.validation.protocol import Json, run_worker
+from compress.validation.static_decoding import DECODE_NAME
 from static_sessions import divergence, open_static, source_logits
 from tiny_models import VOCABULARY
 

@@ -12,12 +12,12 @@ import pytest
 
 from compress import checks, pipeline
 from compress.errors import CompressError, UsageError
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.source import open_checkpoint
-from compress.validate.encoded import Batch
-from compress.validate.encoding import Encoder
+from compress.validation.encoded import Batch
+from compress.validation.encoding import Encoder
 from tiny_models import POSITIONS, VOCABULARY
 
 LENGTH = 32

@@ -12,10 +12,10 @@ import pytest
 
 from compress import pipeline
 from compress.contracts import Scheme
-from compress.plan import INLINE_LIMIT, make_plan
+from compress.planning import INLINE_LIMIT, make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from compress.validate.static_decoding import DECODE_NAME
+from compress.validation.static_decoding import DECODE_NAME
 from dequantized import dequantized, put
 from static_sessions import divergence, open_static, source_logits
 from tiny_models import VOCABULARY

@@ -11,7 +11,7 @@ import pytest
 
 from compress import pipeline
 from compress.errors import CompressError, UsageError
-from compress.plan import INLINE_LIMIT, Plan, make_plan
+from compress.planning import INLINE_LIMIT, Plan, make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
 from tiny_models import FAMILIES

@@ -14,7 +14,7 @@ import pytest
 from compress import pipeline
 from compress.contracts import Scheme
 from compress.errors import UsageError
-from compress.plan import INLINE_LIMIT, Plan, make_plan
+from compress.planning import INLINE_LIMIT, Plan, make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.show import plan_document, plan_text

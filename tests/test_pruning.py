@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from compress import cli, pipeline, proof, pruning
 from compress.errors import CompressError, ResourceError, UsageError
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.prune.amounts import Amounts

@@ -12,7 +12,7 @@ import pytest
 
 from compress import pipeline, resources
 from compress.errors import ResourceError
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.source import open_checkpoint
 

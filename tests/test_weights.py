@@ -19,7 +19,7 @@ from compress.contracts import Scheme
 from compress.errors import SourceError
 from compress.families import load_family
 from compress.package.writer import DataFile
-from compress.plan import Fate, Plan, make_plan
+from compress.planning import Fate, Plan, make_plan
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer

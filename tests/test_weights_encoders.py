@@ -13,7 +13,7 @@ import pytest
 from compress import pipeline, weights
 from compress.errors import SourceError
 from compress.package.writer import DataFile
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import load_profile
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint

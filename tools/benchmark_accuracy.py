@@ -52,7 +52,7 @@ from compress.errors import EXIT_OUTSIDE_BUDGET, CompressError
 
 if TYPE_CHECKING:
     from compress.report.model import DecoderDrift
-    from compress.validate.artifact import Artifact
+    from compress.validation.artifact import Artifact
 
 #: A peer counts as of equal bytes if it is at most this much larger than ours: the benefit of the doubt is the peer's.
 SLACK = 0.03
@@ -165,10 +165,10 @@ def evaluate(
         CompressError: The text or the checkpoint cannot be read, or there is no room for the logits.
     """
     # Here and not above: what is large would count in the exports' memory, which are started by this process.
-    from compress.validate.artifact import Artifact, open_artifact
-    from compress.validate.protocol import CheckpointSpec
-    from compress.validate.run import make_reference, measure_drift
-    from compress.validate.speed import SpeedPlan
+    from compress.validation.artifact import Artifact, open_artifact
+    from compress.validation.protocol import CheckpointSpec
+    from compress.validation.run import make_reference, measure_drift
+    from compress.validation.speed import SpeedPlan
 
     def silent(stage: str, fraction: float) -> None:
         """Progress of minutes needs no bar."""

@@ -35,8 +35,8 @@ from compress.latency.store import Store
 from compress.latency.worker import QUANTILE, Run, timed
 from compress.profile import load_profile
 from compress.progress import Stages
-from compress.validate.decoding import CachedDecoder
-from compress.validate.encoding import Encoder, random_batch
+from compress.validation.decoding import CachedDecoder
+from compress.validation.encoding import Encoder, random_batch
 
 PRUNED = "geometry/minilm,intermediate_size=768,num_hidden_layers=4"
 CASES = (

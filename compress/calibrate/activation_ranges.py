@@ -26,7 +26,7 @@ import onnx_ir as ir
 from compress.errors import CompressError
 from compress.graph.finished import serialize
 from compress.graph.rules._edit import constant, forget
-from compress.validate.protocol import run_worker
+from compress.validation.protocol import run_worker
 
 TIMEOUT_SECONDS = 3600.0
 _GRAPH, _SAMPLES, _ZERO = ".ranges.onnx", ".ranges.npz", ".ranges.zero"

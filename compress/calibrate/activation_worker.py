@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import CompressError
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 
 
 def handle(request: Json, job: Path) -> Json:

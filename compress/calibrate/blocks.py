@@ -19,7 +19,7 @@ import torch
 from compress.contracts import FloatArray, InputStatistics, Linear, Slice, Structure
 from compress.errors import SourceError
 from compress.quantize.finite import first_nonfinite
-from compress.validate.streaming import Call, chunks
+from compress.validation.streaming import Call, chunks
 
 #: Columns of second moments that are computed at a time.
 _BAND = 512

@@ -16,12 +16,12 @@ from compress import assign
 from compress.calibrate.decoder_texts import CalibrationText, calibration_windows
 from compress.contracts import Checkpoint, Decoder, Scheme
 from compress.errors import UsageError
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.quantize import load_quantizer
 from compress.quantize.allocate import Allocation
 from compress.store import AnyArray
-from compress.validate.protocol import Json, run_worker
+from compress.validation.protocol import Json, run_worker
 
 TIMEOUT_SECONDS = 48 * 3600.0
 #: Algorithms that are nothing without calibration.

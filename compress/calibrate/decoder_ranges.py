@@ -24,7 +24,7 @@ from compress.calibrate import activation_ranges
 from compress.calibrate.decoder_texts import spread_windows
 from compress.contracts import Checkpoint, Decoder
 from compress.graph import quantize_activations
-from compress.validate.text import Text
+from compress.validation.text import Text
 
 #: Tokens of running text; ranges are least and greatest values, which more text moves little (a third is headroom).
 TOKENS = 2048

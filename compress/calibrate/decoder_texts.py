@@ -20,9 +20,9 @@ from compress.calibrate.self_text_worker import BATCH, PIECE
 from compress.contracts import Checkpoint, Decoder
 from compress.errors import ResourceError, UsageError
 from compress.profile import Profile
-from compress.validate import text
-from compress.validate.memory import check_memory
-from compress.validate.protocol import run_worker
+from compress.validation import text
+from compress.validation.memory import check_memory
+from compress.validation.protocol import run_worker
 
 #: Fewer tokens than this (or than the profile asks for) make statistics that are mostly chance.
 MINIMUM_TOKENS = 2048

@@ -43,13 +43,13 @@ from compress.contracts import (
 from compress.errors import CompressError
 from compress.families import load_family
 from compress.package.writer import DataFile
-from compress.plan import Fate, Plan, make_plan
+from compress.planning import Fate, Plan, make_plan
 from compress.profile import Profile, parse_profile
 from compress.quantize import load_quantizer
 from compress.reading import CHUNK_WEIGHTS, read_rows
 from compress.store import Store, restored
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
-from compress.validate.streaming import Call, StreamedModel
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.streaming import Call, StreamedModel
 
 #: Rows of a weight that one thread quantizes at a time.
 ROWS = 512

@@ -14,11 +14,11 @@ from compress.calibrate.encoder_texts import calibration_texts
 from compress.calibrate.ranges import scale_and_zero_point
 from compress.calibrate.smoothing import ChannelStatistics, Smoothing, smooth
 from compress.contracts import Checkpoint, Encoder, FloatArray
-from compress.plan import INPUT_RANGE as RANGE
-from compress.plan import Plan, make_plan
+from compress.planning import INPUT_RANGE as RANGE
+from compress.planning import Plan, make_plan
 from compress.profile import Profile
-from compress.validate.protocol import run_worker
-from compress.validate.text import Text
+from compress.validation.protocol import run_worker
+from compress.validation.text import Text
 
 TIMEOUT_SECONDS = 3600.0
 STATISTICS_NAME = ".calibration.npz"

@@ -14,8 +14,8 @@ from compress.calibrate import activation_ranges
 from compress.calibrate.encoder_texts import calibration_texts
 from compress.contracts import Checkpoint, Encoder
 from compress.graph import quantize_activations
-from compress.validate.encoded import Encoded
-from compress.validate.text import Text
+from compress.validation.encoded import Encoded
+from compress.validation.text import Text
 
 
 def quantize(

@@ -8,10 +8,10 @@ import numpy as np
 
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import UsageError
-from compress.validate import text
-from compress.validate.artifact import Artifact
-from compress.validate.encoded import Encoded, pack
-from compress.validate.pieces import cut, tokenize
+from compress.validation import text
+from compress.validation.artifact import Artifact
+from compress.validation.encoded import Encoded, pack
+from compress.validation.pieces import cut, tokenize
 
 TEXTS, RANDOM = 80, 40
 #: Tokens a text, special ones included; and a random sequence has between this and a quarter of it.

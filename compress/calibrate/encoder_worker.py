@@ -1,7 +1,7 @@
 """The worker that runs an encoder on calibration texts: ``python -m compress.calibrate.encoder_worker``.
 
 Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task}, ``texts`` (an ``.npz`` of
-:class:`compress.validate.encoded.Encoded`), ``linears`` {name: [parameters]}, ``smoothing`` (bool), ``bits`` {name:
+:class:`compress.validation.encoded.Encoded`), ``linears`` {name: [parameters]}, ``smoothing`` (bool), ``bits`` {name:
 bits, of the linears that become integer products}, ``measure_losses`` (bool), ``static`` [names whose range is fixed],
 ``range`` (how it is chosen), ``memory_cap``, ``output`` (``.npz``). Of every linear it writes, float32:
 
@@ -32,8 +32,8 @@ from compress.calibrate.smoothing import ChannelStatistics, smooth
 from compress.contracts import Encoder
 from compress.errors import CompressError
 from compress.graph.kept_heads import narrow
-from compress.validate.encoded import Batch, Encoded, unpadded_batches
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.encoded import Batch, Encoded, unpadded_batches
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 
 BATCH = 8
 #: What losses are measured on, once for every linear: texts of nearly this length, so many tokens of them.
@@ -140,7 +140,7 @@ def _open(request: Json) -> tuple[_Run, Encoder]:
     from compress.families import load_family
     from compress.source import open_checkpoint
     from compress.tasks import task_of
-    from compress.validate.encoder_reference import Reference, load_model
+    from compress.validation.encoder_reference import Reference, load_model
 
     wanted = request["checkpoint"]
     adapter = wanted.get("adapter")

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from compress import assign
 from compress.calibrate import decoder as calibration
 from compress.contracts import FloatArray, Linear
-from compress.plan import Plan
+from compress.planning import Plan
 from compress.profile import Profile
 
 _MB = 1_000_000

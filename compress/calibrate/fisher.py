@@ -29,11 +29,11 @@ import torch
 
 from compress.calibrate.blocks import Block, BlockLinear, Workers, require_finite
 from compress.contracts import FloatArray, Scheme
-from compress.plan import Fate
+from compress.planning import Fate
 from compress.quantize.round_to_nearest import RoundToNearest
 from compress.reading import read_rows
 from compress.store import restored
-from compress.validate.streaming import Call, StreamedModel, chunks, empty
+from compress.validation.streaming import Call, StreamedModel, chunks, empty
 
 if TYPE_CHECKING:
     from compress.calibrate.decoder_worker import Calibration

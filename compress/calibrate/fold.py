@@ -12,7 +12,7 @@ import torch
 
 from compress.calibrate.blocks import Block, BlockLinear, Workers, statistics
 from compress.contracts import ChannelScaler, Decoder, FloatArray, Fold
-from compress.plan import Plan
+from compress.planning import Plan
 
 
 def fold_channels(block: Block, plan: Plan, scaler: ChannelScaler, workers: Workers) -> dict[str, FloatArray]:

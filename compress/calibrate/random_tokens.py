@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from compress.contracts import Checkpoint, FloatArray, ForwardFamily
 from compress.errors import CompressError, SourceError
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
 from compress.weights import Stopped
 

@@ -27,7 +27,7 @@ from compress.contracts import FloatArray, LearntBlock, QuantizedRows, Quantizer
 from compress.errors import CompressError
 from compress.quantize.scales import round_scales
 from compress.quantize.scheme import zero_code
-from compress.validate.streaming import chunks
+from compress.validation.streaming import chunks
 
 OFFSET_LIMIT = 0.5
 """Rounding offsets reach the next code on either side of a target, no further."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from compress.calibrate.self_text import Writer
 from compress.errors import CompressError
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 
 #: The most tokens of a piece, and pieces that are written at once.
 PIECE, BATCH = 256, 32
@@ -38,7 +38,7 @@ def handle(request: Json, job: Path) -> Json:
     import torch
 
     from compress.source import open_checkpoint
-    from compress.validate.streaming import StreamedModel
+    from compress.validation.streaming import StreamedModel
 
     torch.set_num_threads(1)
     wanted = request["checkpoint"]

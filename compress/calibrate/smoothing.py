@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from compress.adjust import Adjustment, IntArray, NormAdjustment
 from compress.contracts import Checkpoint, Encoder, FloatArray, Junction, Linear
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.reading import read_whole
 
 #: Ranges up to this many medians are left alone: of the residual stream, and of a feed-forward's inner neurons.

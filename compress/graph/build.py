@@ -12,7 +12,7 @@ from compress.contracts import Encoder
 from compress.graph.decoder import build_decoder
 from compress.graph.encoder import build_encoder
 from compress.graph.finished import FinishedGraph
-from compress.plan import Plan
+from compress.planning import Plan
 from compress.profile import Profile
 from compress.source.sentence_transformers import Pooling
 

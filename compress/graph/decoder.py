@@ -1,8 +1,8 @@
 """The decoder's graph: a skeleton goes in, a graph whose weights lie where the plan says comes out.
 
-Requires a skeleton (names, no values) and a :class:`~compress.plan.Plan`; runs the rules of ``graph/rules`` in order;
-ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that each
-rule fired as often as the decoder has places for it.
+Requires a skeleton (names, no values) and a :class:`~compress.planning.Plan`; runs the rules of ``graph/rules`` in
+order; ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that
+each rule fired as often as the decoder has places for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.graph.finished import FinishedGraph, place_vectors, unplaced
 from compress.graph.rules import half, linear, logits_to_keep, long_rope, names, rotary, table
 from compress.graph.rules._edit import Weights
 from compress.graph.static_decoder import make_static
-from compress.plan import Plan
+from compress.planning import Plan
 from compress.profile import Profile
 
 #: RMSNormalization is standard from here on; what is older loads in more runtimes.

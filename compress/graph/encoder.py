@@ -1,8 +1,8 @@
 """An encoder's graph: transformers' own model as torch.onnx writes it goes in, fused nodes over planned bytes come out.
 
-Requires a skeleton (names, no values) and a :class:`~compress.plan.Plan`; runs the rules of ``graph/rules`` in order;
-ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that each
-rule fired as often as the profile expects.
+Requires a skeleton (names, no values) and a :class:`~compress.planning.Plan`; runs the rules of ``graph/rules`` in
+order; ensures that every initializer is either inline with its value or a reference into ``model.onnx.data``, and that
+each rule fired as often as the profile expects.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compress.graph.rules import (
 )
 from compress.graph.rules._edit import Weights
 from compress.graph.static_encoder import make_static
-from compress.plan import Plan
+from compress.planning import Plan
 from compress.profile import Profile
 from compress.source.sentence_transformers import Pooling
 

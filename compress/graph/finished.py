@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from compress.graph.rules._edit import Weights
-from compress.plan import Plan
+from compress.planning import Plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from compress.contracts import Decoder, Encoder, FloatType, Structure
 
 if TYPE_CHECKING:
-    from compress.plan import Fate, Plan, StoredTensor
+    from compress.planning import Fate, Plan, StoredTensor
 
 _LOCATION = "model.onnx.data"
 #: Fixed bytes and bytes a block of the remaining nodes, inputs and outputs: with rotary embedding, and without.

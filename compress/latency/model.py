@@ -17,7 +17,7 @@ from typing import Protocol
 from compress.latency.geometry import Geometry
 from compress.latency.parts import Attention, Empty, Ends, FeedForward, Part, Point, Product, Workload
 from compress.latency.store import Store
-from compress.validate.protocol import run_worker
+from compress.validation.protocol import run_worker
 
 #: Weights of a chain, at least where a few copies have as many: several of each core's own caches.
 CHAIN_BYTES = 32 << 20

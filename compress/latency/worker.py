@@ -1,4 +1,4 @@
-"""The worker that measures parts: ``python -m compress.latency.worker`` (see :mod:`compress.validate.protocol`).
+"""The worker that measures parts: ``python -m compress.latency.worker`` (see :mod:`compress.validation.protocol`).
 
 Request: ``points`` (:meth:`compress.latency.parts.Point.as_request`), ``threads``, ``rounds``, ``seconds`` (of one
 round). Answer: a list of quantiles for each point in ``results``, one a round: seconds of one run of its graph.
@@ -19,7 +19,7 @@ import numpy as np
 
 from compress.latency.graphs import Noise, build
 from compress.latency.parts import Point, point_from
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 
 #: Sessions that are open at once, and the bytes of their weights.
 _AT_ONCE, _BYTES_AT_ONCE = 8, 256 << 20

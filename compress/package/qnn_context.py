@@ -33,8 +33,8 @@ from compress.errors import CompressError, ProviderError, UsageError
 from compress.package.manifest import digest
 from compress.package.qnn_samples import Samples, decoder_samples, encoder_samples, input_shapes
 from compress.package.staging import sync
-from compress.validate.protocol import Json, run_worker
-from compress.validate.static_decoding import DECODE_NAME
+from compress.validation.protocol import Json, run_worker
+from compress.validation.static_decoding import DECODE_NAME
 
 TARGET = "qnn-context"
 PROVIDER = "qnn"

@@ -23,8 +23,8 @@ from compress.providers import cpu
 from compress.providers._base import first_line
 from compress.providers._session import session_options
 from compress.providers.qnn import PROVIDER, SOC_KEY, soc_model
-from compress.validate.protocol import Json, peak_rss_bytes, serve
-from compress.validate.worker import versions
+from compress.validation.protocol import Json, peak_rss_bytes, serve
+from compress.validation.worker import versions
 
 _OPTIONS = {"session.disable_cpu_ep_fallback": "1"}
 

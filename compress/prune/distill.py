@@ -18,8 +18,8 @@ import numpy.typing as npt
 from compress.errors import UsageError
 from compress.pooling import DEFAULT
 from compress.source.sentence_transformers import Pooling
-from compress.validate.encoded import Encoded
-from compress.validate.protocol import run_worker
+from compress.validation.encoded import Encoded
+from compress.validation.protocol import run_worker
 
 TIMEOUT_SECONDS = 48 * 3600.0
 #: Fewer texts or windows than this cannot be learnt from and be held out.

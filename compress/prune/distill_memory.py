@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compress.contracts import Structure
 from compress.errors import ResourceError
-from compress.validate.memory import check_memory
+from compress.validation.memory import check_memory
 
 #: Python with torch and transformers, in bytes.
 _LIBRARIES = 400_000_000

@@ -7,9 +7,9 @@ from pathlib import Path
 from compress.calibrate.decoder_texts import spread_windows
 from compress.contracts import Checkpoint, Decoder, Encoder, Structure
 from compress.prune.distill import Texts
-from compress.validate.artifact import Artifact
-from compress.validate.pieces import drift_texts
-from compress.validate.text import Text
+from compress.validation.artifact import Artifact
+from compress.validation.pieces import drift_texts
+from compress.validation.text import Text
 
 #: A decoder's tokens, in windows of so many.
 TOKENS, WINDOW = 65_536, 256

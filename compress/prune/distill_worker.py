@@ -2,7 +2,7 @@
 
 Request (see ``validate.protocol``): ``checkpoint`` {reference, adapter, revision, task} (the teacher), ``student`` (a
 directory), ``windows`` (.npy int64 ``[windows, length]``) or ``texts`` (an ``.npz`` of
-:class:`~compress.validate.encoded.Encoded`) with ``pooling`` {mode, normalize}, ``frozen_zeros`` [tensors whose zeros
+:class:`~compress.validation.encoded.Encoded`) with ``pooling`` {mode, normalize}, ``frozen_zeros`` [tensors whose zeros
 stay], ``steps``, ``rate``, ``batch`` (sequences a step), ``seed``, ``workers`` (threads), ``memory_cap``, ``output``
 (the weights' file), ``state`` (a file, or null). It answers ``steps``, ``stopped``, ``before``, ``after``, ``history``,
 ``seconds``, ``predicted_bytes``; ``output`` is written only where ``after`` is less than ``before``.
@@ -37,8 +37,8 @@ from compress.prune.student import PIECE_TOKENS, Student, write_weights
 from compress.source import OpenCheckpoint, open_checkpoint
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import task_of
-from compress.validate.encoded import Encoded
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.encoded import Encoded
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 
 #: Part of the work that the teacher's run is, for the progress.
 _TEACHER_SHARE = 0.1

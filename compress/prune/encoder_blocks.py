@@ -1,4 +1,4 @@
-"""An encoder's blocks, visited one after the other as a decoder's are (:mod:`compress.validate.streaming`).
+"""An encoder's blocks, visited one after the other as a decoder's are (:mod:`compress.validation.streaming`).
 
 The model is held whole, in float32: encoders are small, and the plan counts it (decision 0010). Blocks are found by the
 linears that the family describes, so a block that is run several times (ALBERT) is visited that often.
@@ -12,9 +12,9 @@ import torch
 
 from compress.contracts import Checkpoint, Encoder
 from compress.prune.cuts import common_prefix
-from compress.validate.encoded import Batch
-from compress.validate.encoder_reference import load_model
-from compress.validate.streaming import Visit, sliced
+from compress.validation.encoded import Batch
+from compress.validation.encoder_reference import load_model
+from compress.validation.streaming import Visit, sliced
 
 
 class EncoderBlocks:

@@ -19,7 +19,7 @@ from compress.profile import Profile
 from compress.prune import texts
 from compress.prune.amounts import Amounts, full, width_step
 from compress.prune.search import Choice, Curves, Mix, Steps, candidates, choose, most_within
-from compress.validate.protocol import run_worker
+from compress.validation.protocol import run_worker
 
 if TYPE_CHECKING:
     from compress.prune.run import PruneOptions

@@ -1,8 +1,8 @@
 """What a student learns from: its own model, the teacher's outputs on the texts, and the loss of each sequence.
 
 The teacher runs first and is gone before the student is read. A decoder's goes block by block
-(:class:`~compress.validate.streaming.StreamedModel`) and leaves its last hidden states, from which logits are made when
-they are needed; an encoder's is in memory whole, as everywhere, and leaves hidden states or logits.
+(:class:`~compress.validation.streaming.StreamedModel`) and leaves its last hidden states, from which logits are made
+when they are needed; an encoder's is in memory whole, as everywhere, and leaves hidden states or logits.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from compress.errors import CompressError, UsageError
 from compress.prune import losses
 from compress.source.sentence_transformers import Pooling
 from compress.tasks import task_of
-from compress.validate.encoded import Batch, Encoded, batch_of, unpadded_batches
-from compress.validate.encoder_reference import Reference, load_model
-from compress.validate.encoding import outputs_of, rows_of
-from compress.validate.streaming import Call, StreamedModel, chunks
+from compress.validation.encoded import Batch, Encoded, batch_of, unpadded_batches
+from compress.validation.encoder_reference import Reference, load_model
+from compress.validation.encoding import outputs_of, rows_of
+from compress.validation.streaming import Call, StreamedModel, chunks
 
 IntArray = npt.NDArray[np.int64]
 Progress = Callable[[float], None]

@@ -28,7 +28,7 @@ from compress.prune.distill_texts import TOKENS as LEARNT_TOKENS
 from compress.prune.distill_texts import learning_texts
 from compress.source.base import TOKENIZER_NAMES
 from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME
-from compress.validate.protocol import run_worker
+from compress.validation.protocol import run_worker
 
 TIMEOUT_SECONDS = 48 * 3600.0
 RECORD_NAME = "pruning.json"

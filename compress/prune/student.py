@@ -17,7 +17,7 @@ from compress.prune.adam import Adam
 from compress.prune.lessons import IntArray, Lesson, Replicas
 from compress.prune.schedule import Course, batch, split
 from compress.prune.state import State, save_tensors
-from compress.validate.protocol import Json
+from compress.validation.protocol import Json
 
 #: Tokens, padding included, that one thread takes at a time.
 PIECE_TOKENS = 512

@@ -14,10 +14,10 @@ from compress.contracts import Checkpoint, Decoder, Encoder, Structure
 from compress.errors import UsageError
 from compress.profile import Profile
 from compress.prune.amounts import text_tokens
-from compress.validate import text
-from compress.validate.artifact import Artifact
-from compress.validate.encoded import pack
-from compress.validate.pieces import cut, tokenize
+from compress.validation import text
+from compress.validation.artifact import Artifact
+from compress.validation.encoded import pack
+from compress.validation.pieces import cut, tokenize
 
 #: Tokens an encoder's text has at most, special ones included: most pieces are shorter, and all are padded to it.
 LONGEST = 64

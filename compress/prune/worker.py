@@ -3,7 +3,7 @@
 Request (see ``validate.protocol``): ``job`` (``prune``; ``curves``: what removing parts would cost, as ``inner``,
 ``heads``, ``layers`` {size: loss}; ``divergence`` of the model ``smaller`` on ``texts``: ``kl``), ``checkpoint``
 {reference, adapter, revision, task}, ``texts`` (decoders: ``.npy`` int64 ``[windows, length]``; encoders: ``.npz`` of
-:class:`compress.validate.encoded.Encoded`; null: no text is read), ``amounts`` {inner, heads, kv_heads, layers},
+:class:`compress.validation.encoded.Encoded`; null: no text is read), ``amounts`` {inner, heads, kv_heads, layers},
 ``algorithm``, ``depth`` (an algorithm's name), ``fit`` (bool), ``seed``, ``sparsity`` (share of single weights, or
 0), ``sparsifier``, ``pattern`` ([n, m] or null), ``vocabulary`` (``.npy`` of the ids that stay, or null), ``output``
 (a directory), ``workers`` (threads), ``memory_cap``.
@@ -42,9 +42,9 @@ from compress.prune.cuts import Cut, Kept, block_cuts, renumbered, vocabulary_cu
 from compress.prune.encoder_blocks import EncoderBlocks
 from compress.prune.estimate import STATE_TOKENS
 from compress.quantize.finite import first_nonfinite
-from compress.validate.encoded import Batch, Encoded, batch_of
-from compress.validate.protocol import Json, peak_rss_bytes, report_progress, serve
-from compress.validate.streaming import Call, StreamedModel
+from compress.validation.encoded import Batch, Encoded, batch_of
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.streaming import Call, StreamedModel
 
 #: Buffers to keep, as in calibration.
 _KEPT_BYTES = 32 << 20

@@ -102,7 +102,7 @@ class Allocation:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Return every tensor's scheme by name, as :func:`compress.plan.make_plan` takes them."""
+        """Return every tensor's scheme by name, as :func:`compress.planning.make_plan` takes them."""
         return {choice.name: choice.option.scheme for choice in self.choices}
 
 

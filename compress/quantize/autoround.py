@@ -28,7 +28,7 @@ from compress.quantize.round_to_nearest import RoundToNearest
 STEPS = 60
 """Steps a block. From GPTQ's result few weights have to move; the paper takes 200 from round-to-nearest's."""
 BATCH = 2
-"""Pieces of at most 512 tokens (:data:`compress.validate.streaming.LAYER_TOKENS`) a step."""
+"""Pieces of at most 512 tokens (:data:`compress.validation.streaming.LAYER_TOKENS`) a step."""
 RATE = 0.003
 """How far the first step moves an offset, in codes."""
 FACTOR_RATE = 0.0002

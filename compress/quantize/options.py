@@ -1,7 +1,7 @@
 """Which ways to store a weight an allocation may choose from, what each takes, and how long each decodes.
 
-Bytes are the plan's own arithmetic (:mod:`compress.plan`). Decode time is a table of ratios, because a kernel's time
-depends on bits and block size far more than on which processor of a kind it runs on.
+Bytes are the plan's own arithmetic (:mod:`compress.planning`). Decode time is a table of ratios, because a kernel's
+time depends on bits and block size far more than on which processor of a kind it runs on.
 """
 
 from __future__ import annotations

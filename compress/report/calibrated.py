@@ -14,8 +14,8 @@ from compress.package.staging import write_file
 from compress.report.allocation import summarize
 from compress.report.frontier import frontier_svg
 from compress.report.model import Allocation, Calibration
-from compress.validate import text
-from compress.validate.overlap import overlap
+from compress.validation import text
+from compress.validation.overlap import overlap
 
 if TYPE_CHECKING:
     from compress.calibrate.decoder import DecoderCalibration

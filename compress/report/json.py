@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compress.errors import CompressError
-from compress.report.model import Report
+from compress.report.model import SCHEMA_VERSION, Report
 
 
 def dumps(report: Report) -> str:
@@ -24,18 +24,33 @@ def write(report: Report, path: Path) -> None:
 
 
 def read(path: Path) -> Report:
-    """Read a report back.
+    """Read a report back; one of an older schema version is read as this version has it.
 
     Raises:
-        CompressError: The file is missing, or not a report of this schema version (which key is wrong).
+        CompressError: The file is missing or damaged, a report of a newer schema version, or a key of it is wrong.
     """
     try:
-        return Report.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise CompressError(f"the report cannot be read: {error.strerror}", where=str(path)) from error
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CompressError(f"the report is damaged: {error}", where=str(path)) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise CompressError(
+            f"the report has schema version {version}, this compress knows {SCHEMA_VERSION} and older",
+            where=str(path),
+            hint="upgrade compress",
+        )
+    if version == 1:
+        data["schema_version"] = SCHEMA_VERSION  # every key that version 2 added may be absent
+    try:
+        return Report.model_validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the document"
         raise CompressError(
-            f"this is not a report of schema version 1: {key}: {first['msg']}", where=str(path)
+            f"this is not a report of schema version {SCHEMA_VERSION}: {key}: {first['msg']}", where=str(path)
         ) from error

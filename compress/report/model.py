@@ -1,16 +1,17 @@
-"""The report: ``report.json``, schema version 1. Unknown keys are errors, and no number is infinite or NaN.
+"""The report: ``report.json``, schema version 2. Unknown keys are errors, and no number is infinite or NaN.
 
 A field that is ``None`` was not measured. Times are seconds, sizes bytes, divergences nats, shares 0..1.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Evidence = Literal["measured", "simulated", "emulated", "static", "none"]
 
@@ -72,6 +73,23 @@ class Divergence(_Strict):
     p99: float
 
 
+class Histogram(_Strict):
+    """How a measure is spread: ``counts[i]`` values lie in ``[edges[i], edges[i + 1])``, edges rising, the ends open.
+
+    ``kl``: nats a token; ``cosine_distance``: 1 - cosine of a text's two embeddings.
+    """
+
+    measure: Literal["kl", "cosine_distance"]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _one_edge_more_than_counts(self) -> Histogram:
+        if len(self.edges) != len(self.counts) + 1 or any(a >= b for a, b in itertools.pairwise(self.edges)):
+            raise ValueError("edges must rise, one more than there are counts")
+        return self
+
+
 class DecodeConsistency(_Strict):
     """Positions decoded one by one through the cache: against the source, and against the artifact's own prefill."""
 
@@ -98,6 +116,7 @@ class DecoderDrift(_Strict):
     confident_flips: int
     logit_max_abs: float
     decode: DecodeConsistency | None = None
+    distribution: Histogram | None = None
 
 
 class Cosine(_Strict):
@@ -162,6 +181,7 @@ class EncoderDrift(_Strict):
     kl_divergence: Divergence | None = None
     logit_max_abs: float | None = None
     task_accuracy: TaskAccuracy | None = None
+    distribution: Histogram | None = None
 
 
 class Rate(_Strict):
@@ -311,6 +331,40 @@ class Allocation(_Strict):
     tensors: tuple[AllocatedTensor, ...]
 
 
+class TensorRecord(_Strict):
+    """How a weight is stored, and how far it is from the source's.
+
+    ``bits`` a weight, scales and zero points included. ``relative_error``: the Frobenius norm of the difference over
+    that of the source's weight (which pruning and exact rescaling have changed already), ``None`` where it was not
+    measured. ``layer`` is ``None`` outside the blocks.
+    """
+
+    name: str
+    role: str
+    layer: int | None = None
+    storage: str
+    bits: float
+    bytes: int
+    relative_error: float | None = None
+
+
+class Sample(_Strict):
+    """What source and artifact write after the same prompt, greedily, ``tokens`` new tokens at most.
+
+    ``first_difference`` is the index of the first new token that differs, ``None`` where all are the same.
+    ``source_complete`` is false where the source was only asked for its next token behind the artifact's text: then
+    ``source`` ends with the first token that differs.
+    """
+
+    prompt: str
+    chat: bool
+    source: str
+    artifact: str
+    tokens: int
+    first_difference: int | None
+    source_complete: bool
+
+
 class Stage(_Strict):
     """A step of the run; the peak is the largest process that did it."""
 
@@ -407,7 +461,8 @@ class Calibration(_Strict):
 
     ``sha256`` is the text's, or that of the token ids which the model wrote from ``seed`` (``source = "self"``).
     ``tokens`` in windows of ``window``; ``None`` where single sentences were used. ``overlap`` is the share of the
-    evaluation text that occurs in this one (:mod:`compress.validate.overlap`), ``None`` where there is none to compare.
+    evaluation text that occurs in this one (:mod:`compress.validation.overlap`), ``None`` where there is none to
+    compare.
     """
 
     source: Literal["text", "self"]
@@ -429,9 +484,13 @@ class Calibration(_Strict):
 
 
 class Report(_Strict):
-    """All of it. ``fusions`` counts how often each rewrite rule fired in the graph."""
+    """All of it. ``fusions`` counts how often each rewrite rule fired in the graph.
 
-    schema_version: Literal[1] = 1
+    ``created`` is when it was made, ISO 8601 in UTC (``SOURCE_DATE_EPOCH``, where that is set).
+    """
+
+    schema_version: Literal[2] = 2
+    created: str | None = None
     verdict: Verdict
     source: Source | None = None
     profile: ProfileSummary | None = None
@@ -444,5 +503,7 @@ class Report(_Strict):
     allocation: Allocation | None = None
     calibration: Calibration | None = None
     pruning: Pruning | None = None
+    tensors: tuple[TensorRecord, ...] = ()
+    samples: tuple[Sample, ...] = ()
     stages: tuple[Stage, ...] = ()
     environment: Environment

@@ -18,12 +18,12 @@ from compress.calibrate import encoder_worker
 from compress.calibrate.encoder import Calibrated, calibrate
 from compress.calibrate.encoder_texts import calibration_texts
 from compress.contracts import Checkpoint, Encoder
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.progress import Stages
 from compress.source import open_checkpoint
-from compress.validate import text
-from compress.validate.encoded import Encoded
+from compress.validation import text
+from compress.validation.encoded import Encoded
 from plain_encoder import PlainEncoder, example
 from tiny_models import VOCABULARY, Skeletons
 
@@ -63,7 +63,7 @@ def plant(source: Path, directory: Path, *, norm: float = 10.0, shift: float = 6
 
 
 def in_process(module: str, request: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    """Stand in for :func:`compress.validate.protocol.run_worker`."""
+    """Stand in for :func:`compress.validation.protocol.run_worker`."""
     import torch
 
     assert module == "calibrate.encoder_worker"

@@ -13,8 +13,8 @@ import pytest
 from compress.calibrate import encoder_ranges
 from compress.calibrate.activation_ranges import observe
 from compress.errors import CompressError
-from compress.validate.encoded import pack
-from compress.validate.protocol import Json, run_worker
+from compress.validation.encoded import pack
+from compress.validation.protocol import Json, run_worker
 
 SHAPE = (2, 3)
 

@@ -24,7 +24,7 @@ from compress.quantize.autoround import AutoRound
 from compress.quantize.scales import pack_scales
 from compress.source import open_checkpoint
 from compress.store import restored
-from compress.validate.streaming import Call, StreamedModel
+from compress.validation.streaming import Call, StreamedModel
 
 SCHEME = Scheme(4, 32, symmetric=False)
 SEEN, UNSEEN, LENGTH = 84, 42, 24

@@ -18,7 +18,7 @@ from compress import pipeline
 from compress.calibrate.encoder import Calibrated
 from compress.calibrate.ranges import choose_range, scale_and_zero_point
 from compress.errors import CompressError, UsageError
-from compress.plan import INPUT_RANGE
+from compress.planning import INPUT_RANGE
 from compress.profile import load_profile
 from compress.progress import Stages
 from plain_encoder import PlainEncoder, example

@@ -15,11 +15,11 @@ from compress.calibrate.decoder import DecoderCalibration, wanted
 from compress.contracts import Scheme
 from compress.errors import CompressError
 from compress.package.writer import DataFile
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import load_profile
 from compress.report.calibrated import of_export, of_manifest
 from compress.source import OpenCheckpoint, open_checkpoint
-from compress.validate import text
+from compress.validation import text
 from same_process import calibrate_here
 
 SMALL = ("quantize.effort=balanced", "calibration.tokens=2048", "calibration.window=64")

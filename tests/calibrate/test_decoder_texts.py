@@ -24,10 +24,10 @@ from compress.calibrate.decoder_texts import (
 )
 from compress.contracts import Decoder
 from compress.errors import CompressError, ResourceError, UsageError
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from compress.validate import memory, text
+from compress.validation import memory, text
 from tiny_models import PLAIN_INT8, VOCABULARY
 
 

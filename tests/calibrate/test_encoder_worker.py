@@ -16,11 +16,11 @@ from compress.calibrate import encoder as calibrate_encoder
 from compress.calibrate.encoder import Calibrated, moments
 from compress.calibrate.encoder_texts import LONGEST, RANDOM, TEXTS
 from compress.errors import CompressError, UsageError
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from compress.validate import text
-from compress.validate.encoded import Encoded
+from compress.validation import text
+from compress.validation.encoded import Encoded
 from tiny_models import POSITIONS, VOCABULARY
 
 NAMES = ("bert:embedding", "albert:question-answering", "electra:text-classification")

@@ -9,7 +9,7 @@ import pytest
 
 from compress import pipeline
 from compress.calibrate.estimate import Estimate, estimate, measured_rate
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
 

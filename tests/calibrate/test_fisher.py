@@ -20,7 +20,7 @@ from compress.contracts import Scheme
 from compress.quantize.round_to_nearest import RoundToNearest
 from compress.reading import read_rows
 from compress.store import restored
-from compress.validate.paired import spearman
+from compress.validation.paired import spearman
 from dequantized import put
 
 Tiny = Callable[[str], Path]

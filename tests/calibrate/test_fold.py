@@ -14,7 +14,7 @@ from compress import pipeline
 from compress.calibrate.blocks import Block, Workers
 from compress.calibrate.fold import fold_channels, sharing
 from compress.contracts import Decoder, Fold, InputStatistics, Scheme
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
 from tiny_models import FAMILIES

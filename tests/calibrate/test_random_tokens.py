@@ -19,7 +19,7 @@ from compress.calibrate.random_tokens import TOKENS, RandomTokens
 from compress.errors import SourceError
 from compress.families import load_family
 from compress.package.writer import DataFile
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import load_profile
 from compress.quantize import load_quantizer
 from compress.source import OpenCheckpoint, open_checkpoint

@@ -14,8 +14,8 @@ from compress.calibrate.self_text import LIKELIEST, Writer, sample
 from compress.calibrate.self_text_worker import end_tokens, write
 from compress.errors import CompressError
 from compress.source import open_checkpoint
-from compress.validate.protocol import run_worker
-from compress.validate.streaming import StreamedModel
+from compress.validation.protocol import run_worker
+from compress.validation.streaming import StreamedModel
 from tiny_models import SLIDING_WINDOW, VOCABULARY
 
 FAMILIES = ("llama", "mistral", "phi3", "gpt2")

@@ -16,7 +16,7 @@ from compress.calibrate.decoder_worker import Calibration
 from compress.contracts import Scheme
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from compress.validate.streaming import StreamedModel
+from compress.validation.streaming import StreamedModel
 from tiny_models import VOCABULARY
 
 

@@ -12,7 +12,7 @@ import pytest
 from compress import providers
 from compress.contracts import Evidence, Scheme
 from compress.errors import ProviderError, UsageError
-from compress.validate.worker import placement
+from compress.validation.worker import placement
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from compress.contracts import Encoder
 from compress.graph.build import build_graph
 from compress.graph.finished import FinishedGraph
 from compress.package.writer import DataFile
-from compress.plan import Plan, make_plan
+from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile
 from compress.quantize import load_quantizer
 from compress.source import open_checkpoint

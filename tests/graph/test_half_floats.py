@@ -15,7 +15,7 @@ from compress import pipeline
 from compress.errors import CompressError, SourceError, UsageError
 from compress.graph.rules import half
 from compress.package.writer import DataFile
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
 from compress.store import Store

@@ -13,7 +13,7 @@ from compress import pipeline
 from compress.errors import UsageError
 from compress.profile import load_profile
 from compress.progress import Stages
-from compress.validate.static_decoding import DECODE_NAME
+from compress.validation.static_decoding import DECODE_NAME
 from dequantized import dequantized, put
 from static_sessions import Logits, open_static, source_logits
 from tiny_models import VOCABULARY, save_tiny_model

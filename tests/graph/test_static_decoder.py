@@ -14,7 +14,7 @@ from compress import pipeline
 from compress.errors import CompressError, UsageError
 from compress.profile import load_profile
 from compress.progress import Stages
-from compress.validate.static_decoding import DECODE_NAME, StaticDecoder
+from compress.validation.static_decoding import DECODE_NAME, StaticDecoder
 from static_sessions import open_static, source_logits
 from tiny_models import VOCABULARY, save_tiny_model
 

@@ -15,8 +15,8 @@ from compress.errors import CompressError, ProviderError, UsageError
 from compress.package import qnn_context, qnn_samples
 from compress.package.qnn_context import Graph
 from compress.package.qnn_metadata import add_metadata
-from compress.validate.protocol import run_worker
-from compress.validate.worker import placement
+from compress.validation.protocol import run_worker
+from compress.validation.worker import placement
 from tiny_models import VOCABULARY
 
 #: Not 16: HTP's simulator (QNN 2.51) gives wrong products of 16 rows after a LayerNormalization of 64 columns.

@@ -14,7 +14,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.package import qnn_context, qnn_samples
-from compress.validate.protocol import Json, run_worker
+from compress.validation.protocol import Json, run_worker
 from static_sessions import open_static
 from tiny_models import VOCABULARY
 

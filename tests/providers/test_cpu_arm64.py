@@ -14,7 +14,7 @@ from compress.contracts import Runtime
 from compress.errors import ProviderError
 from compress.providers import _arm64_root, cpu_arm64
 from compress.providers.cpu_arm64 import PROVIDER
-from compress.validate import protocol
+from compress.validation import protocol
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from compress import doctor, pipeline, providers, validate
+from compress import doctor, pipeline, providers, validation
 from compress.contracts import Scheme
 from compress.errors import EXIT_PROVIDER, ProviderError
 from compress.profile import Profile, load_profile
 from compress.progress import Stages
 from compress.providers import cuda
-from compress.validate.on_provider import Terms
-from compress.validate.speed import SpeedPlan
+from compress.validation.on_provider import Terms
+from compress.validation.speed import SpeedPlan
 from tiny_models import FAMILIES
 
 
@@ -107,9 +107,9 @@ def test_it_runs_on_a_gpu(
     found = doctor.examine("cuda")
     if not found.works:
         pytest.skip(f"cuda: {found.reason}")
-    result = validate.run_validation(
+    result = validation.run_validation(
         tiny_artifact(name, profile.name),
-        checkpoint_spec=validate.CheckpointSpec(str(tiny_model(name))),
+        checkpoint_spec=validation.CheckpointSpec(str(tiny_model(name))),
         budgets={},
         providers=("cuda",),
         tokens=96,

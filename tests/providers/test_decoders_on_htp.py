@@ -12,7 +12,7 @@ from compress import providers
 from compress.contracts import Runtime
 from compress.errors import ProviderError
 from compress.profile import load_profile
-from compress.validate.protocol import Json, run_worker
+from compress.validation.protocol import Json, run_worker
 from static_sessions import divergence
 from tiny_models import VOCABULARY
 

@@ -19,7 +19,7 @@ from compress.errors import ProviderError
 from compress.profile import available_profiles, load_profile
 from compress.progress import Stages
 from compress.providers import _arm64_root
-from compress.validate.protocol import Json, run_worker
+from compress.validation.protocol import Json, run_worker
 
 pytestmark = pytest.mark.providers
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.prune import distill_worker
 from compress.prune.distill import Distilled, distill
-from compress.validate.encoded import Encoded, pack
+from compress.validation.encoded import Encoded, pack
 from tiny_models import VOCABULARY
 
 #: What a config calls the number of layers.
@@ -59,7 +59,7 @@ def some_texts(count: int = 40, longest: int = 24) -> Encoded:
 
 
 def in_process(module: str, request: Mapping[str, Any], *, timeout: float, progress: Callable[[float], None]) -> Any:
-    """Stand in for :func:`compress.validate.protocol.run_worker`: the worker spends seconds on its imports."""
+    """Stand in for :func:`compress.validation.protocol.run_worker`: the worker spends seconds on its imports."""
     assert module == "prune.distill_worker" and timeout > 0
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as job:

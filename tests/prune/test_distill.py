@@ -18,8 +18,8 @@ from compress.prune import student as learning
 from compress.prune.distill_texts import TEXTS, TOKENS, WINDOW, learning_texts
 from compress.source import open_checkpoint
 from compress.source.sentence_transformers import Pooling
-from compress.validate import text
-from compress.validate.protocol import run_worker
+from compress.validation import text
+from compress.validation.protocol import run_worker
 from tiny_models import POSITIONS, save_tiny_model
 
 Get = Callable[[str], Path]

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from compress import pipeline, weights
 from compress.package.writer import DataFile
-from compress.plan import make_plan
+from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.quantize.gptq import Gptq
 from compress.source import open_checkpoint

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 import compress
 from compress.report.model import DecoderDrift
-from compress.validate.artifact import Artifact
+from compress.validation.artifact import Artifact
 
 MINE = Row("compress", "mine", 88_000_000, 0.12, 0.005, 0.85, 1.06, 0.004, (4,), 500.0, 2_900_000_000)
 SMALL = Row(
@@ -275,9 +275,9 @@ def test_a_run_of_ours_has_the_numbers_of_validate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from compress.validate.protocol import CheckpointSpec
-    from compress.validate.run import run_validation
-    from compress.validate.speed import SpeedPlan
+    from compress.validation.protocol import CheckpointSpec
+    from compress.validation.run import run_validation
+    from compress.validation.speed import SpeedPlan
 
     source, text, out = tiny_model("llama"), tmp_path / "text.txt", tmp_path / "table.md"
     text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40)

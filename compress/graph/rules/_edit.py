@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from compress.plan import Fate, Plan, StoredTensor
+from compress.planning import Fate, Plan, StoredTensor
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from compress.graph.rules._edit import Weights, node
-from compress.plan import INPUT_RANGE, Fate
+from compress.planning import INPUT_RANGE, Fate
 
 
 def integer_product(

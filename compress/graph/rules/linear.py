@@ -30,7 +30,7 @@ from compress.contracts import Linear
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights, drop, node, only_user, products, supersede
 from compress.graph.rules._integer import integer_product
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights
-from compress.plan import Plan
+from compress.planning import Plan
 
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> dict[str, npt.NDArray[Any]]:

@@ -21,7 +21,7 @@ from compress.calibrate.smoothing import scale_name, shift_name
 from compress.contracts import Encoder, Junction
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights, node, only_user, products
-from compress.plan import Plan
+from compress.planning import Plan
 
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:

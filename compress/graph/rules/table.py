@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from compress.errors import CompressError, UsageError
 from compress.graph.rules._edit import Weights, constant, drop, forget, node
-from compress.plan import Fate, Plan
+from compress.planning import Fate, Plan
 from compress.quantize.scheme import zero_code
 
 

@@ -1,0 +1,122 @@
+"""What validation needs to know of an artifact directory: its graph, session options and sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError
+from compress.tasks import architecture_of, task_of
+from compress.validation.static_decoding import DECODE_NAME
+
+DECODING = "text-generation"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk.
+
+    Attributes:
+        directory: Where it is, with its tokenizer.
+        model: The graph.
+        session_options: ONNX Runtime options it has to be loaded with, as text.
+        vocab_size: Rows of the token table, and of the output head that has one.
+        context_length: The most positions the model knows, ``None`` if its config does not say.
+        task: Its task's name in :mod:`compress.tasks`.
+        config: Its ``config.json``.
+        provider_options: Options that providers are started with, as text, by provider.
+    """
+
+    directory: Path
+    model: Path
+    session_options: dict[str, str]
+    vocab_size: int
+    context_length: int | None
+    task: str = DECODING
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up short sequences; what it is makes no difference behind an attention mask."""
+        pad = self.config.get("pad_token_id")
+        return pad if isinstance(pad, int) and 0 <= pad < self.vocab_size else 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its weights on disk."""
+        return model_bytes(self.model)
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read ``genai_config.json`` (graph file and session options, if there is one) and ``config.json``.
+
+    A decoder has the former; without it, the config's architecture says what the task is.
+
+    Raises:
+        CompressError: Something is missing, damaged, or points outside the directory.
+        UnsupportedModelError: The architecture has a head that no task here has.
+    """
+    if not directory.is_dir():
+        raise CompressError("there is no such artifact directory", where=str(directory))
+    config = _read(directory / "config.json")
+    decoder: Any = {}
+    if (directory / "genai_config.json").exists():
+        model = _read(directory / "genai_config.json").get("model")
+        decoder = model.get("decoder", {}) if isinstance(model, dict) else model
+        if not isinstance(decoder, dict):
+            raise CompressError("model.decoder is not a mapping", where="genai_config.json")
+    filename = decoder.get("filename", "model.onnx")
+    if not isinstance(filename, str) or Path(filename).name != filename:
+        raise CompressError(f"the graph's file name {filename!r} is not a plain name", where="genai_config.json")
+    if not (directory / filename).is_file():
+        raise CompressError(f"the artifact has no {filename}", where=str(directory))
+    vocab = config.get("vocab_size")
+    if not isinstance(vocab, int) or vocab < 1:
+        raise CompressError("the config does not say the vocabulary's size", where=str(directory / "config.json"))
+    context = config.get("max_position_embeddings", config.get("n_positions"))
+    genai = (directory / "genai_config.json").exists()
+    return Artifact(
+        directory,
+        directory / filename,
+        _options(decoder.get("session_options", {})),
+        vocab,
+        context if isinstance(context, int) else None,
+        DECODING if genai or architecture_of(config) is None else task_of(config).name,
+        config,
+    )
+
+
+def model_bytes(model: Path) -> int:
+    """Return the bytes of a graph and what belongs to it: its external data, a static decoder's other graph."""
+    return sum(
+        path.stat().st_size
+        for path in model.parent.iterdir()
+        if path.name.startswith(model.name) or path.name == DECODE_NAME
+    )
+
+
+def _options(options: object) -> dict[str, str]:
+    """Return the scalar session options as text; ``provider_options`` and other lists belong to genai."""
+    if not isinstance(options, dict):
+        raise CompressError("session_options is not a mapping", where="genai_config.json")
+    return {
+        str(key): str(int(value)) if isinstance(value, bool) else str(value)
+        for key, value in options.items()
+        if isinstance(value, str | int | float)
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CompressError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
+    except ValueError as error:
+        raise CompressError(f"the file is not JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise CompressError("the file is not a JSON object", where=str(path))
+    return value

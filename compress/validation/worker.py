@@ -1,0 +1,217 @@
+"""The worker that runs one artifact: ``python -m compress.validation.worker`` (see ``protocol``).
+
+Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``provider_options`` {str: str},
+``threads``, ``jobs``. A job is ``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
+
+- ``probe``: ``inputs`` {name: numbers} -> ``outputs`` {name: numbers}, for graphs of a few float32 numbers;
+
+- ``logits``: ``windows`` (.npy int64 ``[windows, length]``) -> ``output`` (.npy float32 ``[windows * length, vocab]``),
+  each window on an empty cache;
+- ``cached_logits``: the same windows, the first ``prefill`` tokens of each at once, the others one by one through the
+  cache -> ``output`` (.npy float32 ``[windows * (length - prefill), vocab]``);
+- ``greedy``: ``prompt`` [ids], ``new_tokens`` -> ``tokens`` [ids];
+- ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats`` -> ``prefill_seconds`` [repeat], ``decode_seconds``
+  [repeat][step]; one unrecorded warm-up first;
+- an encoder's jobs are in ``encoding``.
+
+A static decoder's other graph, ``decode.onnx``, is loaded too, and counts in the placement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compress import providers
+from compress.contracts import Provider
+from compress.errors import CompressError, ProviderError
+from compress.validation import encoding
+from compress.validation.decoding import CachedDecoder
+from compress.validation.logits import LogitsWriter
+from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
+from compress.validation.static_decoding import DECODE_NAME, StaticDecoder, decode_graph
+
+Progress = Callable[[float], None]
+AnyDecoder = CachedDecoder | StaticDecoder
+
+
+def handle(request: Json, job: Path) -> Json:
+    """Open the session, run the jobs in order, and answer."""
+    provider = providers.load(str(request["provider"]))
+    usable, reason = provider.available()
+    if not usable:
+        raise ProviderError(f"the {provider.name} provider does not work here", hint=reason)
+    model = Path(request["model"])
+    if not model.is_file():
+        raise CompressError("there is no such model file", where=str(model))
+    start = time.perf_counter()
+    options, own = request.get("session_options", {}), request.get("provider_options", {})
+    session = provider.session(model, options, int(request["threads"]), own)
+    beside = decode_graph(model, session)
+    other = None if beside is None else provider.session(beside, options, int(request["threads"]), own)
+    load_seconds = time.perf_counter() - start
+    jobs = request["jobs"]
+    decoder: AnyDecoder | None = None
+    results: list[Json] = []
+    for index, item in enumerate(jobs):
+        kind, part = item["kind"], _part(job, index, len(jobs))
+        if kind == "probe":
+            results.append(_probe(session, item))
+        elif kind in encoding.JOBS:
+            results.append(encoding.JOBS[kind](session, item, part))
+        elif kind in _JOBS:
+            if decoder is None and other is not None:
+                decoder = StaticDecoder(session, other)
+            decoder = decoder or CachedDecoder(session, provider.tokens_at_once(), provider.cache_device)
+            results.append(_JOBS[kind](decoder, item, part))
+        else:
+            raise CompressError(f"unknown job {kind!r}", where="request")
+    return {
+        "results": results,
+        "load_seconds": load_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "placement": placement(session, provider) if other is None else _both(session, other, provider),
+        "evidence": provider.evidence(),
+        "device": provider.device(),
+        "versions": versions(),
+    }
+
+
+def placement(session: Any, provider: Provider) -> Json:  # noqa: ANN401 - onnxruntime has no stubs
+    """Return where ONNX Runtime put the graph's nodes: totals, and each node that is not on ``provider``."""
+    total, fallback = 0, []
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes = subgraph.get_nodes()
+        total += len(nodes)
+        if subgraph.ep_name != provider.onnxruntime_name:
+            fallback += [f"{node.name} ({node.op_type}) on {subgraph.ep_name}" for node in nodes]
+    return {
+        "provider": provider.name,
+        "nodes_total": total,
+        "nodes_on_provider": total - len(fallback),
+        "fallback_nodes": sorted(fallback),
+    }
+
+
+def _both(prefill: Any, decode: Any, provider: Provider) -> Json:  # noqa: ANN401
+    first, second = placement(prefill, provider), placement(decode, provider)
+    totals = {name: first[name] + second[name] for name in ("nodes_total", "nodes_on_provider")}
+    fallen = first["fallback_nodes"] + [f"{DECODE_NAME}: {node}" for node in second["fallback_nodes"]]
+    return {"provider": provider.name, **totals, "fallback_nodes": fallen}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what ran: Python, onnxruntime, numpy."""
+    import onnxruntime
+
+    return {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
+
+
+def _part(job: Path, index: int, count: int) -> Progress:
+    return lambda fraction: report_progress(job, (index + fraction) / count)
+
+
+def _probe(session: Any, item: Json) -> Json:  # noqa: ANN401
+    names = [output.name for output in session.get_outputs()]
+    feeds = {name: np.asarray(values, np.float32) for name, values in item["inputs"].items()}
+    found = session.run(names, feeds)
+    return {"outputs": {name: np.asarray(array, np.float64).tolist() for name, array in zip(names, found, strict=True)}}
+
+
+def _logits(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
+    windows = np.load(item["windows"])
+
+    def prefill(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return np.asarray(decoder.feed(window[None])[0])
+
+    return _write(decoder, windows, prefill, windows.shape[1], item["output"], progress)
+
+
+def _cached_logits(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
+    windows, first = np.load(item["windows"]), int(item["prefill"])
+
+    def step_by_step(window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        decoder.feed(window[None, :first], keep=1)
+        return np.stack([decoder.feed(token[None, None])[0, -1] for token in window[first:]])
+
+    return _write(decoder, windows, step_by_step, windows.shape[1] - first, item["output"], progress)
+
+
+def _write(
+    decoder: AnyDecoder,
+    windows: npt.NDArray[np.int64],
+    run: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
+    rows: int,
+    path: str,
+    progress: Progress,
+) -> Json:
+    """Write ``run(window)``, float32 ``[rows, vocab]``, for each window on an empty cache, one after the other."""
+    with contextlib.ExitStack() as stack:
+        output: LogitsWriter | None = None
+        for index, window in enumerate(windows):
+            decoder.reset()
+            logits = run(window)
+            if len(logits) != rows:
+                raise CompressError(f"the graph gave logits of {len(logits)} of {rows} positions")
+            if output is None:
+                output = stack.enter_context(LogitsWriter(path, len(windows) * rows, logits.shape[1]))
+            output.write(index * rows, 0, logits)
+            progress((index + 1) / len(windows))
+    decoder.reset()
+    return {"shape": [] if output is None else list(output.shape)}
+
+
+def _greedy(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
+    decoder.reset()
+    ids = np.array([item["prompt"]], np.int64)
+    tokens: list[int] = []
+    count = int(item["new_tokens"])
+    while len(tokens) < count:
+        ids = decoder.feed(ids, keep=1)[:, -1].argmax(-1)[:, None]
+        tokens.append(int(ids[0, 0]))
+        progress(len(tokens) / count)
+    decoder.reset()
+    return {"tokens": tokens}
+
+
+def _speed(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
+    vocab = int(item["vocab_size"])
+    prompt = np.random.default_rng(0).integers(0, vocab, (1, int(item["prompt_tokens"])), dtype=np.int64)
+    prefill_seconds: list[float] = []
+    decode_seconds: list[list[float]] = []
+    repeats = int(item["repeats"])
+    for repeat in range(repeats + 1):
+        decoder.reset()
+        start = time.perf_counter()
+        ids = decoder.feed(prompt, keep=1)[:, -1].argmax(-1)[:, None]
+        prefill = time.perf_counter() - start
+        steps = []
+        for _ in range(int(item["new_tokens"])):
+            start = time.perf_counter()
+            ids = decoder.feed(ids, keep=1)[:, -1].argmax(-1)[:, None]
+            steps.append(time.perf_counter() - start)
+        if repeat:  # the first is the warm-up
+            prefill_seconds.append(prefill)
+            decode_seconds.append(steps)
+        progress((repeat + 1) / (repeats + 1))
+    decoder.reset()
+    return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds}
+
+
+_JOBS: dict[str, Callable[[AnyDecoder, Json, Progress], Json]] = {
+    "logits": _logits,
+    "cached_logits": _cached_logits,
+    "greedy": _greedy,
+    "speed": _speed,
+}
+
+if __name__ == "__main__":
+    sys.exit(serve(handle))

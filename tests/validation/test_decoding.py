@@ -1,0 +1,63 @@
+"""A decoder fed in pieces, because its provider cannot take more at once, answers as one that is fed whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress import providers
+from compress.validation.decoding import CachedDecoder
+
+TOKENS = np.random.default_rng(3).integers(3, 380, (1, 11)).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_artifact: Callable[..., Path]) -> Path:
+    """A tiny Llama in float32: its activations are not rounded, so that only the order of sums differs."""
+    return tiny_artifact("llama", "float") / "model.onnx"
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 11, 64])
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_pieces_give_the_logits_of_the_whole(artifact: Path, at_once: int, keep: int) -> None:
+    session = providers.load("cpu").session(artifact, {}, 1)
+    whole, pieces = CachedDecoder(session), CachedDecoder(session, at_once)
+    for start, stop in ((0, 7), (7, 11)):
+        expected = whole.feed(TOKENS[:, start:stop], keep)
+        found = pieces.feed(TOKENS[:, start:stop], keep)
+        assert found.shape == expected.shape == (1, keep or stop - start, expected.shape[2])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert pieces.length == whole.length == stop
+    # Positions that do not differ would prove nothing.
+    assert keep == 1 or np.abs(expected[:, 0] - expected[:, -1]).max() > 0.1
+
+
+def test_a_cache_kept_on_a_device_gives_the_same_logits(artifact: Path) -> None:
+    """The host stands for the device: what is tested is the way there, by ONNX Runtime's vectors of values."""
+    session = providers.load("cpu").session(artifact, {}, 1)
+    handed, kept = CachedDecoder(session), CachedDecoder(session, device="cpu")
+    for start, stop in ((0, 7), (7, 8), (8, 11)):
+        expected, found = (decoder.feed(TOKENS[:, start:stop], 1) for decoder in (handed, kept))
+        np.testing.assert_array_equal(found, expected)
+    kept.reset()
+    assert np.abs(kept.feed(TOKENS[:, 8:11], 1) - expected).max() > 0.1  # the control: without what came before
+
+
+def test_no_run_is_given_more_than_its_limit(artifact: Path) -> None:
+    session = providers.load("cpu").session(artifact, {}, 1)
+    given: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(session, name)
+
+        def run_with_ort_values(self, names: list[str], feeds: dict[str, object]) -> object:
+            given.append(feeds["input_ids"].shape()[1])  # type: ignore[attr-defined]
+            return session.run_with_ort_values(names, feeds)
+
+    CachedDecoder(Counting(), 4).feed(TOKENS)
+    CachedDecoder(Counting()).feed(TOKENS)
+    assert given == [4, 4, 3, 11]
