@@ -16,8 +16,10 @@ from compress.report.wording import count, plain
 
 #: Shades of the heat strip.
 LEVELS = 7
-#: Errors this many times apart are shaded by their logarithm.
-_WIDE = 5.0
+#: Errors at most this many times the smallest look like it.
+_ALIKE = 1.01
+#: Marks further right have their text on the left.
+_MIDDLE = 0.6
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something at a place of an axis, 0..1."""
+    """Something at a place of an axis, 0..1; of several, ``row`` is where its text goes, and ``left`` on which side."""
 
     place: float
     text: str
+    left: bool = False
+    row: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,20 @@ def histogram(found: Histogram, unit: str, marks: Sequence[tuple[str, float]]) -
     return HistogramFigure(
         columns=tuple(Column(n / highest, n, where) for n, where in zip(counts, ranges, strict=True)),
         ticks=tuple(Mark(place_of(edges, value), axis_label(value)) for value in _ticks(edges)),
-        marks=tuple(Mark(place_of(edges, value), f"{text} {plain(value)}") for text, value in marks),
+        marks=_marks(edges, marks),
         highest=highest,
         total=total,
         summary=f"Histogram of the {what} of {total:,} {unit}: most, {highest:,}, lie at {ranges[fullest]}; "
         f"{below:.0%} lie there or below. {told[:1].upper()}{told[1:]}.",
     )
+
+
+def _marks(edges: Sequence[float], marks: Sequence[tuple[str, float]]) -> tuple[Mark, ...]:
+    """Return marks whose texts cross none of their lines: each begins below the text of the one before it."""
+    found = [(place_of(edges, value), f"{text} {plain(value)}") for text, value in marks]
+    right = sorted(item for item in found if item[0] <= _MIDDLE)
+    left = sorted((item for item in found if item[0] > _MIDDLE), reverse=True)
+    return tuple(Mark(place, text, place > _MIDDLE, row) for row, (place, text) in enumerate([*right, *left], 1))
 
 
 def place_of(edges: Sequence[float], value: float) -> float:
@@ -171,13 +183,13 @@ class HeatRow:
 class HeatStrip:
     """The weights as a picture: a row a role, a column a layer; ``others`` lie outside the blocks.
 
-    ``legend`` has the errors of every shade, from and to, in per cent; none where no error was measured.
+    ``legend`` has every shade with the smallest and largest of its errors; none where no error was measured.
     """
 
     layers: tuple[int, ...]
     rows: tuple[HeatRow, ...]
     others: tuple[HeatRow, ...]
-    legend: tuple[str, ...]
+    legend: tuple[tuple[int, str], ...]
     summary: str
 
 
@@ -224,7 +236,7 @@ def _cell(role: str, layer: int | None, found: Sequence[TensorRecord], scale: _S
 
 
 def _bits(bits: float) -> str:
-    return f"{bits:.1f}".removesuffix(".0")
+    return f"{math.floor(bits * 10 + 0.5) / 10:.1f}".removesuffix(".0")
 
 
 def _storage(found: Sequence[TensorRecord]) -> str:
@@ -236,29 +248,20 @@ def _error_of(found: Sequence[TensorRecord]) -> float:
 
 
 class _Shades:
-    """Errors to shades: linear, or logarithmic where they are far apart."""
+    """Errors to shades, each of which has about as many weights: an outlier does not make all others look alike."""
 
     def __init__(self, errors: Sequence[float]) -> None:
-        positive = [error for error in errors if error > 0]
-        self._low, self._high = min(positive, default=0.0), max(positive, default=0.0)
-        self._logarithmic = self._low > 0 and self._high / self._low > _WIDE
-        self.legend: tuple[str, ...] = ()
-        if errors and self._high > self._low:
-            borders = [self._value(index / LEVELS) for index in range(LEVELS + 1)]
-            self.legend = tuple(f"{low:.2%} to {high:.2%}" for low, high in itertools.pairwise(borders))
-
-    def _value(self, at: float) -> float:
-        if self._logarithmic:
-            return self._low * (self._high / self._low) ** at
-        return self._low + (self._high - self._low) * at
+        ranked = sorted(errors)
+        at = (ranked[index * len(ranked) // LEVELS] for index in range(1, LEVELS)) if ranked else ()
+        self._borders = sorted({error for error in at if error > ranked[0] * _ALIKE})
+        levels: dict[int, list[float]] = {}
+        for error in ranked:
+            levels.setdefault(self.level(error) or 0, []).append(error)
+        self.legend = tuple((level, f"{found[0]:.2%} to {found[-1]:.2%}") for level, found in sorted(levels.items()))
 
     def level(self, error: float | None) -> int | None:
         if error is None:
             return None
-        if self._high <= self._low or error <= self._low:
-            return LEVELS // 2 if error > 0 and self._high <= self._low else 0
-        if self._logarithmic:
-            at = math.log(error / self._low) / math.log(self._high / self._low)
-        else:
-            at = (error - self._low) / (self._high - self._low)
-        return min(int(at * LEVELS), LEVELS - 1)
+        if not self._borders:
+            return LEVELS // 2
+        return bisect_right(self._borders, error) * (LEVELS - 1) // len(self._borders)

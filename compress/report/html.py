@@ -48,7 +48,7 @@ def _environment() -> Any:
     def shown(value: Any) -> Any:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -57,6 +57,8 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    return made
 
 
 def _context(report: Report, record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _applies(measure: str, report: Report) -> bool:
 
 def _line(name: str, asked: float, value: float | None, error: float | None) -> Limit:
     direction, measure = name.split("_", 1)
-    relation = f"at {'most' if direction == 'max' else 'least'} {_asked(measure, asked)}"
+    relation = f"{'≤' if direction == 'max' else '≥'} {_asked(measure, asked)}"
     if value is None:
         return Limit(LABELS[measure], None, relation, "not measured", None)
     kept = value <= asked if direction == "max" else value >= asked
@@ -132,6 +132,8 @@ def _asked(measure: str, asked: float) -> str:
 def _shown(measure: str, value: float, error: float | None) -> str:
     if measure == "bytes":
         return format_size(value)
+    if measure.startswith("accuracy"):
+        return f"{value:.2%}"
     if measure in _SHARES:
         return share(value, error)
     if measure.startswith("speedup"):

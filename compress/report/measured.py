@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from compress.report.figures import Bar, HistogramFigure, bars, histogram
 from compress.report.model import (
@@ -24,7 +25,7 @@ from compress.report.wording import EVIDENCE, NOT_MEASURED, count, interval, pla
 from compress.sizes import format_size
 
 OWN = "This artifact"
-BASELINES = {"onnx_float": "Float ONNX", "pytorch": "PyTorch"}
+BASELINES: dict[Literal["onnx_float", "pytorch"], str] = {"onnx_float": "Float ONNX", "pytorch": "PyTorch"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def _encoder_readings(drift: EncoderDrift) -> list[Reading]:
 
 
 def _beside(speed: AnySpeed) -> str:
-    ratios = [(BASELINES[name], getattr(speed, f"speedup_vs_{name}")) for name in ("pytorch", "onnx_float")]
+    ratios = [
+        (name, getattr(speed, f"speedup_vs_{key}"))
+        for key, name in (("pytorch", "PyTorch"), ("onnx_float", "float ONNX"))
+    ]
     return ", ".join(f"{times(ratio)} {name}" for name, ratio in ratios if ratio is not None)
 
 
@@ -242,10 +246,10 @@ def distribution(drift: AnyDrift) -> HistogramFigure | None:
         return None
     if isinstance(drift, DecoderDrift):
         kl = drift.kl_divergence
-        return histogram(drift.distribution, "tokens", [("mean", kl.mean), ("99th percentile", kl.p99)])
+        return histogram(drift.distribution, "tokens", [("mean", kl.mean), ("p99", kl.p99)])
     if drift.distribution.measure == "kl" and drift.kl_divergence is not None:
         kl = drift.kl_divergence
-        return histogram(drift.distribution, drift.unit, [("mean", kl.mean), ("99th percentile", kl.p99)])
+        return histogram(drift.distribution, drift.unit, [("mean", kl.mean), ("p99", kl.p99)])
     if drift.cosine is None:
         return histogram(drift.distribution, drift.unit, [])
     ends = [("mean", 1 - drift.cosine.mean), ("worst", 1 - drift.cosine.min)]
@@ -270,7 +274,7 @@ def _decoder_speed(speed: Speed) -> SpeedView:
     prefill = [(OWN, speed.prefill_tokens_per_second, plain(speed.prefill_tokens_per_second), None, "")]
     rows = [Row(OWN, (seconds(speed.load_seconds), format_size(speed.peak_rss_bytes), "", ""))]
     for name, label in BASELINES.items():
-        found = speed.baselines.get(name)  # type: ignore[call-overload]
+        found = speed.baselines.get(name)
         if found is None:
             continue
         missing = None if found.skipped is None else f"{NOT_MEASURED}: {found.skipped}"
@@ -282,7 +286,8 @@ def _decoder_speed(speed: Speed) -> SpeedView:
         if not missing and found.prefill_tokens_per_second is not None:
             prefill.append((label, found.prefill_tokens_per_second, plain(found.prefill_tokens_per_second), None, ""))
         ratios = (getattr(speed, f"{part}speedup_vs_{name}") for part in ("", "prefill_"))
-        rows.append(Row(label, (*_costs(found), *("" if ratio is None else times(ratio) for ratio in ratios))))
+        if not missing:
+            rows.append(Row(label, (*_costs(found), *("" if ratio is None else times(ratio) for ratio in ratios))))
     figures = (
         BarFigure("Decoding, tokens a second", _tenths(speed.new_tokens), tuple(bars(decode, OWN))),
         BarFigure(
@@ -299,8 +304,6 @@ def _tenths(tokens: int) -> str:
 
 
 def _costs(found: Baseline | EncoderBaseline) -> tuple[str, str]:
-    if found.skipped is not None:
-        return (f"{NOT_MEASURED}: {found.skipped}", "")
     return (
         "" if found.load_seconds is None else seconds(found.load_seconds),
         "" if found.peak_rss_bytes is None else format_size(found.peak_rss_bytes),
@@ -314,7 +317,7 @@ def _encoder_speed(speed: EncoderSpeed) -> SpeedView:
     main = [(OWN, speed.latency_ms.p50, f"{plain(speed.latency_ms.p50)} ms", None, "")]
     costs = [Row(OWN, (seconds(speed.load_seconds), format_size(speed.peak_rss_bytes)))]
     for name, label in BASELINES.items():
-        found = speed.baselines.get(name)  # type: ignore[call-overload]
+        found = speed.baselines.get(name)
         if found is None:
             continue
         point = _at(found.points, speed.batch, speed.length)
@@ -323,7 +326,8 @@ def _encoder_speed(speed: EncoderSpeed) -> SpeedView:
             main.append((label, None, f"{NOT_MEASURED}{reason}", None, ""))
         else:
             main.append((label, point.latency_ms.p50, f"{plain(point.latency_ms.p50)} ms", None, ""))
-        costs.append(Row(label, _costs(found)))
+        if any(_costs(found)):
+            costs.append(Row(label, _costs(found)))
     where = f"{speed.batch} × {speed.length} tokens; shorter is faster"
     figures = (BarFigure("Time of a run, median", where, tuple(bars(main, OWN))),)
     tables = (

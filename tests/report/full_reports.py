@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from compress.profile import load_profile
 from test_report import ACCURACY, CLASSIFIER, EMBEDDING, ENCODER, REPORT
 
 LAYERS = 12
@@ -109,13 +110,18 @@ PRUNING: dict[str, Any] = {
     ],
 }
 
-BUDGET = {"max_kl": 0.4, "min_top1_agreement": 0.5, "min_speedup_vs_onnx_float": 1.25, "max_bytes": 88_000_000}
+CHANGES = ("budget.min_speedup_vs_onnx_float=1.25", "budget.max_bytes=88MB", "quantize.block_size=64")
+
+
+def resolved(name: str, *changes: str) -> dict[str, Any]:
+    return load_profile(name, changes).model_dump(mode="json", exclude_none=True)
+
 
 DECODER: dict[str, Any] = {
     **REPORT,
     "created": "2026-05-04T03:02:01Z",
     "source": {"identifier": "owner/model", "kind": "hub", "revision": "abc123", "adapter": "tuned"},
-    "profile": {"name": "arm-int4", "resolved": {"quantize": {"bits": 4}, "budget": BUDGET, "targets": ["genai"]}},
+    "profile": {"name": "arm-int4", "resolved": resolved("arm-int4", *CHANGES)},
     "drift": {
         **REPORT["drift"],
         "kl_divergence": {"mean": 0.4125, "standard_error": 0.0104, "p99": 2.5},
@@ -150,10 +156,7 @@ ENCODER_FULL: dict[str, Any] = {
     **ENCODER,
     "created": "2026-05-04T03:02:01Z",
     "verdict": {"status": "pass", "reasons": []},
-    "profile": {
-        "name": "x86-int8",
-        "resolved": {"budget": {"min_cosine": 0.995, "min_neighbour_agreement": 0.9, "max_accuracy_drop": 0.02}},
-    },
+    "profile": {"name": "x86-int8", "resolved": resolved("x86-int8", "budget.min_neighbour_agreement=0.9")},
     "drift": {**EMBEDDING, "task_accuracy": ACCURACY, "distribution": distribution("cosine_distance", 1e-7, 1.0, 256)},
     "allocation": None,
     "calibration": {"source": "self", "name": "own words", "sha256": "4" * 64, "tokens": None, "seed": 7},
