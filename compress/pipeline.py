@@ -226,6 +226,8 @@ def _export(
         proved = _calibrated(decoding)
         if proved is not None and proved.allocation is not None:
             record["allocation"] = proved.allocation.model_dump(mode="json")
+        from compress.report import pages
+
         report, status, code = None, "built", EXIT_OK
         if options.validate:
             from compress import chain, proof
@@ -246,6 +248,7 @@ def _export(
             code = proof.exit_code(report)
         elif proved is not None:
             proved.draw(directory)
+        pages.write(directory, record, origin, report)
         record = manifest.write_manifest(directory, record, status=status)
     return ExportResult(output, record, report, code)
 
