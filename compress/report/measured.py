@@ -71,7 +71,7 @@ def readings(report: Report) -> list[Reading]:
         value, _, error = with_error(kl.mean, kl.standard_error).partition(" ± ")
         found.append(
             Reading(
-                "KL divergence", value, "nats a token", f"± {error}, standard error" if error else "one window only"
+                "KL divergence", value, "nats/token", f"± {error}, standard error" if error else "one window only"
             )
         )
         note = f"of {drift.tokens:,} tokens, as the source's"
@@ -297,7 +297,7 @@ def _decoder_speed(speed: Speed) -> SpeedView:
             "Prefill, tokens a second", f"{count(speed.prompt_tokens, 'token')} of prompt", tuple(bars(prefill, OWN))
         ),
     )
-    head = ("", "Load", "Peak memory", "Artifact faster, decoding", "Artifact faster, prefill")
+    head = ("", "Load", "Peak memory", "Decoding, artifact ÷ this", "Prefill, artifact ÷ this")
     table = Table(f"What a run costs on {speed.provider}", head, tuple(rows))
     return SpeedView(title, speed.device, _conditions(speed), None, figures, (table,))
 
