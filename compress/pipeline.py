@@ -24,6 +24,7 @@ from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Stru
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
 from compress.package import load_target, manifest, staging
+from compress.package.target import Package, Wish
 from compress.package.writer import DataFile, require_space
 from compress.planning import Plan, make_plan
 from compress.profile import Profile
@@ -180,22 +181,25 @@ def _export(
         checks.check_labels(structure, checkpoint.config, options)
         if options.validate and isinstance(structure, Encoder):
             check_length(structure.context_length, profile.validation.max_length)
-        for target in _targets(profile):
-            if target.applies(structure):
-                target.check(checkpoint)  # what is damaged is found out now, not after the weights
         pool = pooling.resolve(structure, profile, checkpoint)
         plan = make_plan(structure, profile, checkpoint)
         checks.check_plan(plan, profile)
         checks.check_calibration(plan, profile, options)
-        resources.check(plan, profile, options)
-        require_space(output, plan.predicted_bytes)
+        wish = Wish(checkpoint, plan, profile)
+        targets = _targets(profile, structure)
+        for target in targets:
+            target.check(wish)  # what is damaged is found out now, not after the weights
+        needs = [target.needs(wish) for target in targets]
+        packaging = max((need.memory for need in needs), default=0)
+        resources.check(plan, profile, options, packaging)
+        require_space(output, plan.predicted_bytes + sum(need.disk for need in needs))
     with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
         digests = background.submit(origin.files)
         calibration = _calibration(model, checkpoint, plan, profile, options)
         decoding = _decoding(model, checkpoint, plan, profile, options, directory)
         if decoding is not None:
             plan = calibrate_decoder(decoding, plan, stages)
-            resources.check(plan, profile, options)
+            resources.check(plan, profile, options, packaging)
             require_space(output, plan.predicted_bytes)
         built = build(
             checkpoint,
@@ -392,9 +396,9 @@ def build(
             serialize(graph.decode, directory / DECODE_NAME)
         _copy_files(checkpoint, directory)
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
-        for target in _targets(profile):
-            if target.applies(plan.structure):
-                target.write(directory, plan.structure, checkpoint, inputs=inputs, options=profile.provider_options)
+        package = Package(checkpoint, plan, profile, directory, inputs)
+        for target in _targets(profile, plan.structure):
+            target.write(package)
     return Built(graph.fired, record)
 
 
@@ -534,5 +538,7 @@ def _importance(
     return partial(RandomTokens, plan, checkpoint, family, seed)
 
 
-def _targets(profile: Profile) -> list[ModuleType]:
-    return [load_target(name, where=f"profile {profile.name}") for name in profile.targets]
+def _targets(profile: Profile, structure: Structure | None = None) -> list[ModuleType]:
+    """Return a profile's targets, only those that take the model where its structure is given."""
+    found = [load_target(name, where=f"profile {profile.name}") for name in profile.targets]
+    return [target for target in found if structure is None or target.applies(structure)]
