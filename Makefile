@@ -8,7 +8,7 @@ DEMO_OUT := artifacts/smollm2-arm-int4
 DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
 DEMO_PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-providers lint docs clean
+.PHONY: demo test test-providers test-runtimes lint docs clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -47,6 +47,11 @@ test-providers: $(VENV)/.test $(VENV)/.models
 	$(BIN)/compress doctor $(foreach name,openvino qnn webgpu cpu-arm64,--install $(name))
 	-$(BIN)/compress doctor --install cuda
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m providers
+
+# transformers.js (Node 18 or later) and optimum, each apart, in the cache: does one artifact load in all of them?
+test-runtimes: $(VENV)/.test $(VENV)/.models
+	$(BIN)/python tools/runtimes.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m runtimes
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -221,7 +221,7 @@ def _export(
             files=digests.result(),
             adapter={"directory": adapter.name} if adapter else None,
         )
-        record |= {"task": task, "fusions": dict(built.fired)}
+        record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
         if made is not None:
             record["pruning"] = dict(made.record)
             pruning.copy_kept_ids(made, directory)

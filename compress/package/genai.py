@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from compress.contracts import Checkpoint, Decoder, Structure
@@ -90,7 +89,9 @@ def write(package: Package) -> None:
         **search,
     }
     model = {key: value for key, value in model.items() if value is not None}
-    write_file(package.directory / NAME, json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n")
+    write_file(
+        package.directory / NAME, json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def read_generation(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,22 +1,31 @@
 """Target ``optimum``: the directory loads in optimum's ``ORTModelFor...`` classes as it is.
 
-optimum lives on transformers 4, which takes the graph's names and the config but not every tokenizer that transformers 5
-saves. A graph of static shapes is none that optimum could feed.
+optimum lives on transformers 4, which takes the graph's names and the config but not every tokenizer that
+transformers 5 saves. A graph of static shapes is none that optimum could feed.
 """
 
 from __future__ import annotations
 
-from compress.contracts import Structure
+from compress.contracts import Decoder, Structure
 from compress.errors import UsageError
 from compress.package.portable_tokenizer import make_portable
 from compress.package.target import Needs, Package, Wish
 
 TARGET = "optimum"
+#: Model types whose ``num_key_value_heads`` optimum-onnx 0.1 reads, of those that can be exported here.
+_GROUPED_TYPES = frozenset({"llama", "mistral"})
 
 
 def applies(structure: Structure) -> bool:
-    """Return whether the target can take such a model: any."""
-    return True
+    """Return whether the target can take such a model.
+
+    optimum-onnx 0.1 makes the empty cache itself: as wide as the hidden size divided by the heads, whatever
+    ``head_dim`` the config has, and of all heads unless it knows the model type to group them.
+    """
+    if not isinstance(structure, Decoder):
+        return True
+    groups = structure.kv_heads == structure.heads or structure.model_type in _GROUPED_TYPES
+    return groups and structure.head_dim * structure.heads == structure.hidden_size
 
 
 def check(wish: Wish) -> None:

@@ -22,7 +22,12 @@ from compress.validation.worker import versions
 
 #: Tokens of the input that both are run on.
 _LENGTH = 8
-_TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
 
 
 def handle(request: Json, job: Path) -> Json:

@@ -1,4 +1,6 @@
-"""Target ``transformers-js``: the directory loads in transformers.js, in a browser or in Node, as it is::
+"""Target ``transformers-js``: the directory loads in transformers.js, in a browser or in Node, as it is.
+
+::
 
     config.json                      gets "transformers.js_config": which file, in how many pieces
     tokenizer_config.json            gets the chat template, which transformers.js looks for nowhere else
