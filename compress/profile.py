@@ -198,6 +198,9 @@ class Graph(_Strict):
     fused as expected is an error instead of a slow artifact. ``gelu = "tanh"`` computes exact GELUs by their tanh form,
     which differs by 5e-4 at most.
 
+    ``tables = "standard"`` (encoders) looks rows of bytes up in standard operators, for runtimes that have no
+    ``GatherBlockQuantized``: onnxruntime-web's wasm.
+
     ``static_length`` makes a graph of standard operators for one text of so many tokens, padded: every shape is a
     number, as NPUs want it. Decoders get two graphs, one for so many new tokens and one for a single one, over a
     key/value cache of ``cache_length`` tokens.
@@ -213,6 +216,7 @@ class Graph(_Strict):
     fusions: tuple[Fusion, ...] = ("attention", "packed_attention", "gelu")
     minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
     gelu: Literal["exact", "tanh"] = "exact"
+    tables: Literal["fused", "standard"] = "fused"
     static_length: int | None = Field(default=None, ge=8, le=4096)
     cache_length: int = Field(default=512, ge=8, le=1 << 16)
 

@@ -91,24 +91,29 @@ def chunks(extents: Sequence[Extent], most: int) -> list[Extent]:
         most: Bytes a piece may have.
 
     Returns:
-        The pieces in order; each begins where a tensor begins, the first at 0.
+        The pieces in order; each begins where a tensor begins, the first at 0, where the first tensor is.
 
     Raises:
         CompressError: A tensor alone is larger.
     """
-    pieces: list[Extent] = []
-    start = stop = 0
+    runs: list[Extent] = []  # tensors that share bytes, as one
     for extent in sorted(extents, key=lambda item: (item.start, item.stop)):
-        if extent.stop - start > most and extent.start >= stop and extent.start > start:
-            pieces.append(Extent(start, stop))
-            start = extent.start
-        stop = max(stop, extent.stop)
-        if stop - start > most:
+        if runs and extent.start < runs[-1].stop:
+            runs[-1] = Extent(runs[-1].start, max(runs[-1].stop, extent.stop))
+        else:
+            runs.append(extent)
+    pieces = [Extent(0, 0)]
+    for run in runs:
+        if run.stop - run.start > most:
             raise CompressError(
-                f"a tensor of {stop - start:,} bytes does not fit a piece of {most:,}",
+                f"a tensor of {run.stop - run.start:,} bytes does not fit a piece of {most:,}",
                 hint="fewer bits for the largest table: --set quantize.roles.embedding.bits=4",
             )
-    return [*pieces, Extent(start, stop)]
+        if run.stop - pieces[-1].start > most:
+            pieces.append(run)
+        else:
+            pieces[-1] = Extent(pieces[-1].start, run.stop)
+    return pieces
 
 
 def split(data: Path, pieces: Sequence[Extent], names: Sequence[Path]) -> None:
