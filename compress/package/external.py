@@ -36,11 +36,12 @@ def load_graph(path: Path) -> onnx.ModelProto:
         CompressError: It is not an ONNX graph.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's class for this has moved before, and its package has no types
+        if type(error).__name__ != "DecodeError":
+            raise
         raise CompressError(f"the graph cannot be read: {error}", where=str(path)) from None
 
 

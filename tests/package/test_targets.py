@@ -92,7 +92,7 @@ def test_a_dtype_without_a_name_is_refused() -> None:
 def test_static_shapes_are_refused(target: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     from compress.progress import Stages
 
-    overrides = (f'targets=["{target}"]', "graph.static_length=16", "graph.cache_length=32", "graph.fusions=[]")
+    overrides = (f'targets=["{target}"]', "graph.static_length=16", "graph.cache_length=256", "graph.fusions=[]")
     with pytest.raises(UsageError, match="static_length") as caught:
         pipeline.export(
             pipeline.ModelReference(str(tiny_model("llama"))),
