@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from compress import providers
+from compress import prompts, providers
 from compress.errors import CompressError, UsageError
 from compress.validation.artifact import DECODING, Artifact, open_artifact
 from compress.validation.decoding import CachedDecoder
@@ -34,8 +32,8 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
     opened = open_artifact(artifact)
     if opened.task != DECODING:
         raise _no_writer(artifact, opened.task)
-    tokenizer = _tokenizer(artifact)
-    ids = _encode(tokenizer, prompt, chat)
+    tokenizer = prompts.tokenizer_of(artifact)
+    ids = prompts.encode(tokenizer, prompt, chat)
     if not ids:
         raise CompressError("the prompt is empty", hint="give at least one word")
     decoder = _decoder(opened, threads or os.cpu_count() or 1)
@@ -45,7 +43,7 @@ def stream(artifact: Path, prompt: str, *, new_tokens: int, chat: bool, threads:
         raise CompressError(
             f"the prompt has {len(ids)} tokens, the model's context {len(ids) + room}", hint="shorten the prompt"
         )
-    stop = _end_tokens(artifact)
+    stop = prompts.end_tokens(artifact)
     made: list[int] = []
     shown = ""
     feed = np.array([ids], np.int64)
@@ -82,35 +80,3 @@ def _no_writer(artifact: Path, task: str) -> UsageError:
         where=str(artifact),
         hint=f"onnxruntime.InferenceSession on its model.onnx: inputs {inputs}; outputs {outputs}",
     )
-
-
-def _tokenizer(artifact: Path) -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(artifact), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CompressError(
-            f"the artifact's tokenizer cannot be read: {str(error).splitlines()[0]}", where=str(artifact)
-        ) from error
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if chat and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt)["input_ids"])
-
-
-def _end_tokens(artifact: Path) -> set[int]:
-    """Return the end-of-sequence ids of the generation config, or of the config."""
-    for name in ("generation_config.json", "config.json"):
-        path = artifact / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return set(value) if isinstance(value, list) else {value}
-    return set()

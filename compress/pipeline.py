@@ -30,8 +30,11 @@ from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
+from compress.report import tensors
+from compress.report.environment import created
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
+from compress.stored_errors import StoredErrors
 from compress.tasks import load_task
 from compress.validation import text
 from compress.validation.encoder_run import check_length
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     from compress.progress import Meter
     from compress.pruning import PrunedSource
     from compress.report.calibrated import Calibrated as DecoderCalibrated
-    from compress.report.model import Allocation
+    from compress.report.model import Allocation, TensorRecord
 
 #: Runs the source model on texts, given where temporary files may go and a meter.
 Calibration = Callable[[Path, "Meter"], "Calibrated"]
@@ -125,10 +128,11 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left to say: how often each graph rule fired, and what calibration found, if there was any."""
+    """What a build left to say: how often each graph rule fired, what calibration found, and how weights are stored."""
 
     fired: Mapping[str, int]
     calibration: Mapping[str, Any] | None
+    tensors: tuple[TensorRecord, ...]
 
 
 def describe(checkpoint: Checkpoint) -> Structure:
@@ -148,6 +152,7 @@ def export(
     _targets(profile)
     if options.validate:
         checks.check_provider(profile)
+        created()  # a date that makes no sense is told before the work
     if options.validate and options.eval_text is not None:
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     if options.calibration_text is not None:
@@ -222,6 +227,7 @@ def _export(
             adapter={"directory": adapter.name} if adapter else None,
         )
         record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
+        record["tensors"] = [item.model_dump(mode="json") for item in built.tensors]
         if made is not None:
             record["pruning"] = dict(made.record)
             pruning.copy_kept_ids(made, directory)
@@ -243,6 +249,7 @@ def _export(
                 options,
                 stages,
                 fusions=built.fired,
+                tensors=built.tensors,
                 calibration=proved,
                 smaller=None if made is None else chain.Smaller(checkpoint, made.record),
             )
@@ -349,6 +356,7 @@ def build(
 
     skeleton = directory / ".skeleton.onnx"
     smoothing, moments, record = None, None, None
+    errors = StoredErrors()
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background:
         built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
@@ -376,6 +384,7 @@ def build(
                     smoothing=smoothing,
                     moments=moments,
                     done=() if written is None else written.names,
+                    errors=errors,
                 )
                 inline |= {} if written is None else written.inline
                 (directory / STATISTICS_NAME).unlink(missing_ok=True)
@@ -399,7 +408,8 @@ def build(
         package = Package(checkpoint, plan, profile, directory, inputs)
         for target in _targets(profile, plan.structure):
             target.write(package)
-    return Built(graph.fired, record)
+    measured = errors.relative() | ({} if written is None else dict(written.stored_errors))
+    return Built(graph.fired, record, tensors.of_plan(plan, measured))
 
 
 def calibrate_decoder(calibration: DecoderCalibration, plan: Plan, stages: Stages) -> Plan:

@@ -224,7 +224,8 @@ class Graph(_Strict):
 class Validation(_Strict):
     """How much is measured; lengths are tokens.
 
-    Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``. Encoders: ``texts``
+    Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``; source and artifact
+    write up to ``sample_tokens`` tokens after each of four short prompts (0: none). Encoders: ``texts``
     cut to ``max_length`` tokens (default: 256, or all the positions of a model with fewer; labelled examples: all its
     positions); latency at every one of ``lengths`` that the model has positions for, in every one of ``batches``.
     Nodes of the operator types ``allowed_fallback`` may run elsewhere than on the provider.
@@ -234,6 +235,7 @@ class Validation(_Strict):
     window: int = Field(default=512, ge=8)
     prompt_tokens: int = Field(default=128, ge=1)
     new_tokens: int = Field(default=32, ge=2)
+    sample_tokens: int = Field(default=32, ge=0, le=1024)
     texts: int = Field(default=256, ge=8, le=100_000)
     max_length: int | None = Field(default=None, ge=8)
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16, 128, 512), min_length=1, max_length=16)
