@@ -18,10 +18,12 @@ import click
 
 from compress import __version__
 from compress.cli_options import (
+    Outcome,
     calibration_option,
     json_option,
     labels_option,
     model_options,
+    outcome_options,
     print_json,
     profile_options,
     reference_to,
@@ -29,6 +31,7 @@ from compress.cli_options import (
     threads_option,
 )
 from compress.cli_prune import prune
+from compress.cli_verify import sign, verify
 from compress.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -84,6 +87,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
+@outcome_options
 @threads_option
 @model_options
 @json_option
@@ -98,6 +102,8 @@ def export(
     max_memory: str | None,
     seed: int,
     no_validate: bool,
+    junit: Path | None,
+    mlflow: str | None,
     threads: int | None,
     adapter: Path | None,
     revision: str | None,
@@ -121,6 +127,9 @@ def export(
         validate=not no_validate,
         threads=threads or os.cpu_count() or 1,
     )
+    if no_validate and junit is not None:
+        raise UsageError("there is no verdict to write without validation", hint="leave --junit or --no-validate out")
+    outcome = Outcome.prepare(junit, mlflow)
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     result = pipeline.export(reference_to(model, adapter, revision, task), recipe, output, options, stages)
     if as_json:
@@ -128,6 +137,7 @@ def export(
     else:
         _show_report(result.report)
         click.echo(f"{result.manifest['status']}: {output}")
+    outcome.tell(output, result.manifest, result.report)
     return result.exit_code
 
 
@@ -198,6 +208,7 @@ cli.add_command(prune)
 )
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @labels_option
+@outcome_options
 @threads_option
 @json_option
 def validate(
@@ -207,13 +218,17 @@ def validate(
     providers: tuple[str, ...],
     eval_text: Path | None,
     eval_labels: Path | None,
+    junit: Path | None,
+    mlflow: str | None,
     threads: int | None,
     as_json: bool,
 ) -> int:
     """Measure an ARTIFACT again: drift against its source, speed, placement; updates its report and manifest."""
     from compress import proof
+    from compress.package.manifest import read_manifest
     from compress.progress import Stages
 
+    outcome = Outcome.prepare(junit, mlflow)
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     report, exit_code = proof.validate_artifact(
         artifact,
@@ -229,6 +244,7 @@ def validate(
         print_json(report)
     else:
         _show_report(report)
+    outcome.tell(artifact, read_manifest(artifact), report)
     return exit_code
 
 
@@ -353,6 +369,10 @@ def inspect(artifact: Path, as_json: bool) -> int:
     else:
         click.echo(inspect_text(document), nl=False)
     return 0
+
+
+cli.add_command(verify)
+cli.add_command(sign)
 
 
 @cli.command()

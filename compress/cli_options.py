@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from compress.pipeline import ModelReference
+    from compress.report.mlflow_log import Tracking
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +58,56 @@ labels_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
 )
+
+
+def outcome_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what tells other systems of the outcome: a JUnit file and an MLflow run."""
+    for option in (
+        click.option(
+            "--mlflow", metavar="URI", help="Log parameters, measures and the report to this MLflow tracking URI."
+        ),
+        click.option("--junit", type=click.Path(path_type=Path), help="Write the verdict as JUnit XML to this file."),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the outcome is told, checked before work starts."""
+
+    junit: Path | None
+    tracking: Tracking | None
+
+    @classmethod
+    def prepare(cls, junit: Path | None, mlflow: str | None) -> Outcome:
+        """Find out whether both can be written.
+
+        Raises:
+            UsageError: The JUnit file has no place.
+            CompressError: MLflow is missing or does not answer.
+        """
+        if junit is not None:
+            from compress.report.junit import check_place
+
+            check_place(junit)
+        tracking = None
+        if mlflow is not None:
+            from compress.report.mlflow_log import connect
+
+            tracking = connect(mlflow)
+        return cls(junit, tracking)
+
+    def tell(self, artifact: Path, manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> None:
+        """Write both, whatever the verdict."""
+        if self.junit is not None and report is not None:
+            from compress.report import junit
+            from compress.report.model import Report
+
+            junit.write(Report.model_validate(report), self.junit)
+        if self.tracking is not None:
+            run = self.tracking.log(artifact, manifest, report)
+            click.echo(f"MLflow run: {run}", err=True)
 
 
 def reference_to(model: str, adapter: Path | None, revision: str | None, task: str | None) -> ModelReference:

@@ -23,7 +23,7 @@ from compress import catalog, checks, pooling, pruning, resources, weights
 from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
-from compress.package import load_target, manifest, staging
+from compress.package import load_target, manifest, sbom, staging
 from compress.package.target import Package, Wish
 from compress.package.writer import DataFile, require_space
 from compress.planning import Plan, make_plan
@@ -236,6 +236,8 @@ def _export(
         proved = _calibrated(decoding)
         if proved is not None and proved.allocation is not None:
             record["allocation"] = proved.allocation.model_dump(mode="json")
+        with stages.stage("sbom"):
+            sbom.write_sbom(directory, record)
         report, status, code = None, "built", EXIT_OK
         if options.validate:
             from compress import chain, proof
