@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from compress import __version__
+from compress.cli_inspect import inspect
 from compress.cli_options import (
     Outcome,
     calibration_option,
@@ -356,19 +357,7 @@ def models(name: str | None, as_json: bool) -> int:
     return 0
 
 
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@json_option
-def inspect(artifact: Path, as_json: bool) -> int:
-    """Show what is in an ARTIFACT: source, status, files, tensors by role, inputs and outputs."""
-    from compress.show import inspect_document, inspect_text
-
-    document = inspect_document(artifact)
-    if as_json:
-        print_json(document)
-    else:
-        click.echo(inspect_text(document), nl=False)
-    return 0
+cli.add_command(inspect)
 
 
 cli.add_command(verify)

@@ -43,6 +43,7 @@ def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 calibration_option = click.option(
     "--calibration-text",

@@ -71,7 +71,7 @@ def _decoder(opened: Artifact, threads: int) -> CachedDecoder | StaticDecoder:
 
 def _no_writer(artifact: Path, task: str) -> UsageError:
     """Return what to say of an encoder: its graph is run once a text, and where the answer then is."""
-    from compress.show import inspect_document
+    from compress.inspection import inspect_document
 
     document = inspect_document(artifact)
     inputs, outputs = (", ".join(item["name"] for item in document[kind]) for kind in ("inputs", "outputs"))
