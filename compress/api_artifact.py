@@ -52,9 +52,9 @@ def validate(
 
     Examples:
         >>> import compress
-        >>> report = compress.validate("out/tiny-int4", reference="tiny-llama")
-        >>> report.passed == (not report.verdict.reasons)
-        True
+        >>> report = compress.validate("out/too-strict", reference="tiny-llama")
+        >>> report.passed, report.verdict.status
+        (False, 'fail')
         >>> [(item.provider, item.state) for item in report.providers]
         [('cpu', 'ran')]
     """
