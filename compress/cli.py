@@ -28,7 +28,6 @@ from compress.cli_options import (
     print_json,
     profile_options,
     reference_to,
-    short_name,
     threads_option,
 )
 from compress.cli_prune import prune
@@ -118,7 +117,7 @@ def export(
     from compress.sizes import parse_size
 
     recipe = load_profile(profile, overrides)
-    output = output or Path("artifacts") / f"{short_name(model)}-{recipe.name}"
+    output = output or pipeline.default_output(model, recipe.name)
     options = pipeline.ExportOptions(
         calibration_text=calibration_text,
         eval_text=eval_text,
@@ -178,18 +177,21 @@ def plan(
     Only config and headers are read, unless the profile chooses bits under a budget (quantize.allocation): then every
     tensor's errors are measured on the calibration text, as an export would, which takes minutes.
     """
-    from compress import pipeline
-    from compress.profile import load_profile
-    from compress.progress import Stages
-    from compress.show import plan_document, plan_text
+    from compress import api
+    from compress.show import plan_text
 
-    recipe = load_profile(profile, overrides)
-    options = pipeline.ExportOptions(
-        calibration_text=calibration_text, seed=seed, validate=False, threads=threads or os.cpu_count() or 1
-    )
-    stages = Stages(show=sys.stderr.isatty() and not as_json)
-    with pipeline.planned(reference_to(model, adapter, revision, task), recipe, options, stages) as found:
-        document = plan_document(found.plan, recipe, found.checkpoint, options.threads, found.allocation)
+    document = api.plan(
+        model,
+        profile,
+        overrides=overrides,
+        calibration_text=calibration_text,
+        seed=seed,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+        task=task,
+        progress=sys.stderr.isatty() and not as_json,
+    ).model_dump(mode="json")
     if as_json:
         print_json(document)
     else:
@@ -304,7 +306,7 @@ def bench(
 @threads_option
 def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
     """Try a decoder's ARTIFACT: complete PROMPT greedily, printed as it comes."""
-    from compress.generate import stream
+    from compress.generation import stream
 
     for piece in stream(artifact, prompt, new_tokens=new_tokens, chat=not raw, threads=threads):
         click.echo(piece, nl=False)

@@ -121,9 +121,3 @@ def reference_to(model: str, adapter: Path | None, revision: str | None, task: s
 def print_json(document: Any) -> None:
     """Print the one document of ``--json``."""
     click.echo(json.dumps(document, indent=2, sort_keys=True, allow_nan=False))
-
-
-def short_name(model: str) -> str:
-    """Return a directory name for a model reference."""
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.") or "model"

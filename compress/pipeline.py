@@ -103,6 +103,13 @@ class ModelReference:
         )
 
 
+def default_output(model: str, suffix: str) -> Path:
+    """Return where what is made of a model goes when nobody says: ``artifacts/NAME-SUFFIX``."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    safe = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.")
+    return Path("artifacts") / f"{safe or 'model'}-{suffix}"
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""

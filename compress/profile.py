@@ -379,12 +379,25 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"not valid TOML: {error}", where=str(path)) from None
-    keys = {key for override in overrides for key in _apply(data, override)}
-    recipe = parse_profile(data, where=path.name)
+    return _overridden(data, overrides, where=path.name)
+
+
+def override(profile: Profile, overrides: Iterable[str]) -> Profile:
+    """Return a profile with ``KEY=VALUE`` overrides, which mean what they mean to :func:`load_profile`.
+
+    Raises:
+        UsageError: An unknown key, or a value that does not fit.
+    """
+    return _overridden(profile.model_dump(mode="json", exclude_unset=True), overrides, where=f"profile {profile.name}")
+
+
+def _overridden(data: dict[str, Any], overrides: Iterable[str], *, where: str) -> Profile:
+    keys = {key for change in overrides for key in _apply(data, change)}
+    recipe = parse_profile(data, where=where)
     asked = not keys.isdisjoint({"budget.max_bytes", "budget.max_kl"}) and "quantize.allocation" not in keys
     if asked and recipe.quantize.effort != "fast":
         data.setdefault("quantize", {})["allocation"] = "budget"
-        recipe = parse_profile(data, where=path.name)
+        recipe = parse_profile(data, where=where)
     return recipe
 
 

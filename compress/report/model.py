@@ -507,3 +507,8 @@ class Report(_Strict):
     samples: tuple[Sample, ...] = ()
     stages: tuple[Stage, ...] = ()
     environment: Environment
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the verdict is ``pass``."""
+        return self.verdict.status == "pass"
