@@ -63,28 +63,49 @@ def ahead(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
 
 @torch.inference_mode()
 def whole(model: Any, item: Json) -> Json:  # noqa: ANN401 - transformers' own
-    """Let the whole source write: one pass over what the artifact wrote, then token by token from the difference."""
+    """Let the whole source write: a pass over each of the artifact's texts, then on from the differences, together."""
     sources = []
-    for prompt, written, limit in zip(item["prompts"], item["written"], item["limits"], strict=True):
+    for prompt, written in zip(item["prompts"], item["written"], strict=True):
         ids = torch.tensor([[*prompt, *written[:-1]]])
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(written)).logits
-        source = _until(written, logits[0, -len(written) :].argmax(-1).tolist())
-        if source != written:
-            source += _continued(model, [*prompt, *source], limit - len(source), set(item["stop"]), source[-1])
-        sources.append(source)
+        sources.append(_until(written, logits[0, -len(written) :].argmax(-1).tolist()))
+    stop = set(item["stop"])
+    open_ended = [
+        row
+        for row, (source, written) in enumerate(zip(sources, item["written"], strict=True))
+        if source != written and source[-1] not in stop and len(source) < item["limits"][row]
+    ]
+    begun = [[*item["prompts"][row], *sources[row]] for row in open_ended]
+    room = [item["limits"][row] - len(sources[row]) for row in open_ended]
+    for row, more in zip(open_ended, _continued(model, begun, room, stop), strict=True):
+        sources[row] = [*sources[row], *more]
     return _answers(item, sources, whole=True)
 
 
-def _continued(model: Any, ids: list[int], count: int, stop: set[int], last: int) -> list[int]:  # noqa: ANN401
-    """Return ``count`` more tokens, greedily, or fewer where one of ``stop`` ends the text."""
-    made: list[int] = []
-    cache, feed = None, torch.tensor([ids])
-    while len(made) < count and last not in stop:
-        out = model(input_ids=feed, cache=cache, use_cache=True, logits_to_keep=1)
-        last, cache = int(out.logits[0, -1].argmax()), out.past_key_values
-        made.append(last)
-        feed = torch.tensor([[last]])
-    return made
+def _continued(model: Any, texts: list[list[int]], room: list[int], stop: set[int]) -> list[list[int]]:  # noqa: ANN401
+    """Return what follows each text, greedily: as many tokens as it has room for, or up to one of ``stop``.
+
+    One step writes a token of every text: weights are what takes its time, and they are read once.
+    """
+    if not texts:
+        return []
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max(room),
+        do_sample=False,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=0,
+    )
+    found = []
+    for row, count in zip(out[:, longest:].tolist(), room, strict=True):
+        made = row[:count]
+        end = next((place for place, token in enumerate(made) if token in stop), count)
+        found.append(made[: end + 1])
+    return found
 
 
 def _until(written: list[int], choices: list[int]) -> list[int]:
