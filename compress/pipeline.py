@@ -245,6 +245,8 @@ def _export(
             record["allocation"] = proved.allocation.model_dump(mode="json")
         with stages.stage("sbom"):
             sbom.write_sbom(directory, record)
+        from compress.report import pages
+
         report, status, code = None, "built", EXIT_OK
         if options.validate:
             from compress import chain, proof
@@ -266,6 +268,7 @@ def _export(
             code = proof.exit_code(report)
         elif proved is not None:
             proved.draw(directory)
+        pages.write(directory, record, origin, report)
         record = manifest.write_manifest(directory, record, status=status)
     return ExportResult(output, record, report, code)
 

@@ -20,7 +20,7 @@ from compress.planning import Plan, make_plan
 from compress.profile import Profile, load_profile, parse_profile
 from compress.profile import Validation as MeasurePlan
 from compress.progress import Stages
-from compress.report import calibrated
+from compress.report import calibrated, pages
 from compress.report import json as report_json
 from compress.report import model as report
 from compress.report import tensors as tensor_records
@@ -240,6 +240,7 @@ def validate_artifact(
             calibration=calibrated.of_manifest(record),
             removed=record.get("pruning"),
         )
+        pages.write(artifact, record, checkpoint, made)
     passed = made["verdict"]["status"] == "pass"
     manifest.write_manifest(artifact, record, status="accepted" if passed else "rejected")
     return made, exit_code(made)

@@ -57,6 +57,7 @@ def test_only_what_is_needed_is_fetched(tmp_path: Path, tiny_model: Tiny, monkey
 def test_patterns() -> None:
     """A repository's files, through huggingface_hub's own filter."""
     wanted = [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -90,7 +91,7 @@ def test_patterns() -> None:
         "model-x/y-of-2.safetensors",
         "flax_model.msgpack",
         "modeling_own.py",
-        "README.md",
+        "onnx/README.md",
         "training_args.bin",
         ".gitattributes",
         "onnx/config.json",
