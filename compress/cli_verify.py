@@ -68,8 +68,11 @@ def sign(
     from compress.package.verify import printable
     from compress.package.verify import verify as check
 
-    if certificate_chain and signing_certificate is None:
-        raise UsageError("a chain vouches for a certificate", hint="give --signing-certificate too")
+    if bool(certificate_chain) != (signing_certificate is not None):
+        raise UsageError(
+            "a certificate goes with the chain that vouches for it",
+            hint="give both --signing-certificate and --certificate-chain, or neither",
+        )
     found = check(artifact)
     if not found.ok:
         first = found.problems[0]

@@ -81,7 +81,7 @@ def name_fault(name: str) -> str | None:
         return "it is absolute"
     if ".." in name.split("/"):
         return "it has '..'"
-    if PurePosixPath(name).as_posix() != name:
+    if name == "." or PurePosixPath(name).as_posix() != name:
         return "it is not in its shortest form"
     return None
 

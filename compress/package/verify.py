@@ -173,9 +173,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_files(artifact: Path, manifest: Manifest, tree: Tree, result: Verification) -> None:
     listed: set[str] = set()
     for item in manifest.files:
-        fault = name_fault(item.name)
-        if fault is None and item.name in (NAME, SIGNATURE_NAME):
-            fault = "it cannot be listed"
+        fault = _fault(item.name)
         if fault is None and item.name in listed:
             fault = "it is listed twice"
         if fault is not None:
@@ -202,6 +200,11 @@ def _check_files(artifact: Path, manifest: Manifest, tree: Tree, result: Verific
     expected = sorted(name for name in listed if measured(name))
     if manifest.measured_files is not None and sorted(manifest.measured_files) != expected:
         result.add("manifest", NAME, f"measured_files is not {', '.join(expected) or 'empty'}")
+
+
+def _fault(name: str) -> str | None:
+    """Return why a manifest cannot list a name, ``None`` where it can."""
+    return "it cannot be listed" if name in (NAME, SIGNATURE_NAME) else name_fault(name)
 
 
 def _behind(name: str, tree: Tree) -> bool:
@@ -254,7 +257,8 @@ def _check_bill(artifact: Path, manifest: Manifest, tree: Tree, result: Verifica
     except CompressError as error:
         result.add("sbom", sbom.NAME, error.what)
         return
-    listed = {item.name: item.sha256 for item in manifest.files if sbom.listed(item.name)}
+    # A refused name is told already.
+    listed = {item.name: item.sha256 for item in manifest.files if sbom.listed(item.name) and _fault(item.name) is None}
     for name in sorted(billed.keys() | listed.keys()):
         if billed.get(name) != listed.get(name):
             result.add("sbom", sbom.NAME, f"it and the manifest do not agree on {name!r}")
