@@ -16,22 +16,30 @@ from typing import Any
 
 import click
 
-from compress import __version__
+from compress.cli_compare import compare
+from compress.cli_completion import completion
+from compress.cli_generate import generate
 from compress.cli_inspect import inspect
 from compress.cli_options import (
     Outcome,
+    artifact_argument,
     calibration_option,
     json_option,
     labels_option,
+    model_argument,
     model_options,
     outcome_options,
     print_json,
     profile_options,
+    providers_option,
     reference_to,
     threads_option,
 )
 from compress.cli_prune import prune
+from compress.cli_push import push
 from compress.cli_verify import sign, verify
+from compress.cli_version import version_option
+from compress.completion import complete_models, complete_profiles, complete_providers
 from compress.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -59,7 +67,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="compress")
+@version_option
 @click.option("--debug", is_flag=True, help="Show tracebacks and library logs.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
@@ -76,7 +84,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@model_argument
 @profile_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE."
@@ -153,7 +161,7 @@ def _show_report(report: Any) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@model_argument
 @profile_options
 @calibration_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
@@ -203,12 +211,10 @@ cli.add_command(prune)
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--reference", metavar="MODEL", help="The source model; default: the one the manifest names.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter that the artifact was made with.")
-@click.option(
-    "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
-)
+@providers_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @labels_option
 @outcome_options
@@ -252,10 +258,8 @@ def validate(
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
-)
+@artifact_argument
+@providers_option
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt (decoders)."
 )
@@ -296,26 +300,11 @@ def bench(
     return 0
 
 
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("prompt")
-@click.option(
-    "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The most tokens to generate."
-)
-@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
-@threads_option
-def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
-    """Try a decoder's ARTIFACT: complete PROMPT greedily, printed as it comes."""
-    from compress.generation import stream
-
-    for piece in stream(artifact, prompt, new_tokens=new_tokens, chat=not raw, threads=threads):
-        click.echo(piece, nl=False)
-    click.echo()
-    return 0
+cli.add_command(generate)
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_profiles)
 @json_option
 def profiles(name: str | None, as_json: bool) -> int:
     """List the profiles, or show one whole."""
@@ -339,7 +328,7 @@ def profiles(name: str | None, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_models)
 @json_option
 def models(name: str | None, as_json: bool) -> int:
     """List the short names of models, or show one."""
@@ -360,6 +349,8 @@ def models(name: str | None, as_json: bool) -> int:
 
 
 cli.add_command(inspect)
+cli.add_command(compare)
+cli.add_command(push)
 
 
 cli.add_command(verify)
@@ -367,9 +358,13 @@ cli.add_command(sign)
 
 
 @cli.command()
-@click.argument("names", metavar="[PROVIDER]...", nargs=-1)
+@click.argument("names", metavar="[PROVIDER]...", nargs=-1, shell_complete=complete_providers)
 @click.option(
-    "--install", multiple=True, metavar="PROVIDER", help="Install what the provider needs into the cache first."
+    "--install",
+    multiple=True,
+    metavar="PROVIDER",
+    shell_complete=complete_providers,
+    help="Install what the provider needs into the cache first.",
 )
 @json_option
 def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> int:
@@ -389,6 +384,9 @@ def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> i
     else:
         click.echo(diagnosis.text(found), nl=False)
     return EXIT_PROVIDER if asked and not all(item.works for item in found) else EXIT_OK
+
+
+cli.add_command(completion)
 
 
 def main(arguments: list[str] | None = None) -> None:

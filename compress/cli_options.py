@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.completion import complete_artifacts, complete_models, complete_profiles, complete_providers
+
 if TYPE_CHECKING:
     from compress.pipeline import ModelReference
     from compress.report.mlflow_log import Tracking
@@ -37,13 +39,28 @@ def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: quantize.block_size=64."
         ),
-        click.option("--profile", required=True, metavar="NAME", help="compress profiles lists them; or a .toml file."),
+        click.option(
+            "--profile",
+            required=True,
+            metavar="NAME",
+            shell_complete=complete_profiles,
+            help="compress profiles lists them; or a .toml file.",
+        ),
     ):
         command = option(command)
     return command
 
 
-artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
+model_argument = click.argument("model", shell_complete=complete_models)
+artifact_argument = click.argument("artifact", type=click.Path(path_type=Path), shell_complete=complete_artifacts)
+providers_option = click.option(
+    "--on",
+    "providers",
+    multiple=True,
+    metavar="PROVIDER",
+    shell_complete=complete_providers,
+    help="Providers to run on; default: the profile's.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 calibration_option = click.option(
     "--calibration-text",

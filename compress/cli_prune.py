@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from compress.cli_options import json_option, model_options, print_json, threads_option
+from compress.cli_options import json_option, model_argument, model_options, print_json, threads_option
+from compress.completion import complete_profiles
 
 
 def _amount(name: str, what: str) -> Callable[[Any], Any]:
@@ -19,7 +20,7 @@ def _amount(name: str, what: str) -> Callable[[Any], Any]:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-pruned."
 )
@@ -35,7 +36,13 @@ def _amount(name: str, what: str) -> Callable[[Any], Any]:
 @click.option(
     "--recover", type=click.Choice(["none", "refit", "distill"]), help="What is done for what stays; default refit."
 )
-@click.option("--profile", default="float", metavar="NAME", help="Take prune and calibration of this profile.")
+@click.option(
+    "--profile",
+    default="float",
+    metavar="NAME",
+    shell_complete=complete_profiles,
+    help="Take prune and calibration of this profile.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: prune.steps=200.")
 @click.option(
     "--calibration-text",

@@ -59,6 +59,17 @@ def _manifest(artifact: Path) -> dict[str, Any] | None:
     return manifest.read_manifest(artifact)
 
 
+def source_files(artifact: Path) -> dict[str, str]:
+    """Return the digests of the source's files by name, as the manifest has them; nothing without one."""
+    record = _manifest(artifact)
+    listed = record["source"].get("files") if record is not None else None
+    return {
+        str(item.get("name")): str(item.get("sha256"))
+        for item in (listed if isinstance(listed, list) else ())
+        if isinstance(item, dict)
+    }
+
+
 def _from_manifest(record: Mapping[str, Any] | None) -> dict[str, Any]:
     known: Mapping[str, Any] = record or {}
     return {
