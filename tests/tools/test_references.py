@@ -9,8 +9,9 @@ from types import ModuleType
 import profile_reference
 import pytest
 import report_reference
+from schema_tables import is_model
 
-from compress.profile import Profile, Quantize, available_profiles
+from compress.profile import Profile, SchemeOverride, available_profiles
 from compress.report.model import Report, Sample, TensorRecord
 
 
@@ -33,16 +34,12 @@ def test_every_profile_and_every_key_are_there() -> None:
     page = profile_reference.page()
     for name in available_profiles():
         assert f"[`{name}`](#{name})" in page and f"\n### {name}\n" in page
-    keys = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
-    assert {f"quantize.{key}" for key in Quantize.model_fields} <= keys
-    assert {"name", "provider_options", "budget.max_kl", "prune.speedup", "validation.texts"} <= keys
-    assert keys - {"bits", "block_size", "symmetric", "activations"} == {
-        *(key for key, field in Profile.model_fields.items() if field.default_factory is None or key not in SECTIONS),
-        *(f"{name}.{key}" for name in SECTIONS for key in Profile.model_fields[name].annotation.model_fields),  # type: ignore[union-attr]
-    } - set(SECTIONS)
-
-
-SECTIONS = ("prune", "quantize", "calibration", "graph", "validation", "budget")
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)) - set(SchemeOverride.model_fields)
+    expected = {name for name, field in Profile.model_fields.items() if not is_model(field.annotation)}
+    for name, field in Profile.model_fields.items():
+        if is_model(field.annotation):
+            expected |= {f"{name}.{key}" for key in field.annotation.model_fields}
+    assert keys == expected and {"name", "budget.max_kl"} <= expected
 
 
 def test_weights_are_told_as_the_profiles_store_them() -> None:
