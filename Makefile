@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT := artifacts/smollm2-arm-int4
 DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
+# Pages of docs/ that tools/NAME_reference.py writes.
+PAGES := cli profile report
 DEMO_PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-providers test-runtimes lint docs clean
+.PHONY: demo test test-providers test-runtimes lint docs site clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -29,6 +31,12 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.demo
+
+# The site is built from sources alone, so it needs the tools but not the libraries.
+$(VENV)/.site: pyproject.toml tools/demo_requirements.py | $(BIN)/python
+	$(BIN)/python tools/demo_requirements.py docs > $(VENV)/site.txt
+	$(PIP) install --quiet -r $(VENV)/site.txt
+	@touch $@
 
 # Exports two real models that Python packages ship: one that writes (and is asked something), one that embeds texts.
 # No network once installed.
@@ -56,10 +64,14 @@ test-runtimes: $(VENV)/.test $(VENV)/.models
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python tools/cli_reference.py --check
+	for page in $(PAGES); do $(BIN)/python tools/$${page}_reference.py --check || exit; done
 
 docs: $(VENV)/.test
-	$(BIN)/python tools/cli_reference.py
+	for page in $(PAGES); do $(BIN)/python tools/$${page}_reference.py || exit; done
+
+# build/site, to be opened as files or served by anything; fails on a broken link. Nothing is fetched.
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_ENCODER_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

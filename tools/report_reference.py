@@ -14,10 +14,10 @@ HEADER = f"""# report.json
 
 <!-- Written by tools/report_reference.py (`make docs`) from compress/report/model.py. Do not edit. -->
 
-Every field of an artifact's `report.json`, schema version {schema.SCHEMA_VERSION}. A key that is
-not here is an error, no number is infinite or NaN, and what was not measured is `null` or left out of its list. An
-older version is read as this one, a newer one is refused. In Python `compress.load_report(PATH)` returns it typed: the sections below are classes of
-`compress.report.model`.
+Every field of an artifact's `report.json`, schema version {schema.SCHEMA_VERSION}. A key that is not here is an error,
+no number is infinite or NaN, and what was not measured is `null` or left out of its list. An older version is read as
+this one, a newer one is refused. In Python `compress.load_report(PATH)` returns it typed: the sections below are
+classes of `compress.report.model`.
 
 Times are seconds unless a name says otherwise, sizes bytes, divergences nats a token, shares 0 to 1. `evidence` says
 what a run was: `measured` on the hardware itself, `simulated` by a vendor's simulator, `emulated` on another processor
