@@ -76,6 +76,8 @@ def test_a_page_that_does_all_of_it_is_caught(tab: browser.Page, written: Path) 
     written.write_text(written.read_text(encoding="utf-8").replace("<main", bad + "<main"), encoding="utf-8")
     tab.complaints.clear()
     tab.open(written, width=360)
-    assert tab.evaluate("document.documentElement.scrollWidth") > 360 and "P.bad" in tab.evaluate(WIDER.replace("{width}", "360"))
+    assert tab.evaluate("document.documentElement.scrollWidth") > 360 and "P.bad" in tab.evaluate(
+        WIDER.replace("{width}", "360")
+    )
     assert any("Content Security Policy" in text or "blocked" in text for text in tab.complaints)
     assert [text for text, _ in tab.evaluate(FAINT)] == ["faint"]
