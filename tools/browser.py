@@ -101,7 +101,7 @@ class Browser:
         theirs_in, self._out = _pipe()
         self._in, theirs_out = _pipe()
         environment = {**os.environ, "HOME": str(profile)}
-        files = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
+        files: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
         files += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
         command = [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = os.posix_spawn(executable, command, environment, file_actions=files, setpgroup=0)

@@ -21,7 +21,9 @@ from compress.report.wording import EVIDENCE, NOT_MEASURED, count, times, visibl
 from compress.sizes import format_size
 
 NAME = CARD_NAME
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$])")
+#: What begins a list, a heading or an underline at the start of a line or of an item.
+_LEADING = re.compile(r"^(\d*)(?=[-+#=.)]+(?:\s|$))")
 #: The hub's names of tasks that are called otherwise here.
 _TASKS = {"embedding": "feature-extraction"}
 _FLOATS = {"float16": "fp16", "float32": "fp32"}
@@ -39,10 +41,10 @@ def card(directory: Path, record: Mapping[str, Any], report: Report | None, sour
     from huggingface_hub import ModelCard, ModelCardData
 
     known = origin(record["source"], source)
-    data = ModelCardData(**metadata(directory, record, known), ignore_metadata_errors=False)
+    data: Any = ModelCardData(**metadata(directory, record, known), ignore_metadata_errors=False)
     body = "\n".join(_body(directory, record, report, known))
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
-    again = ModelCard(text)  # what cannot be read back is no card
+    again: Any = ModelCard(text)  # what cannot be read back is no card
     assert again.data.to_dict() == data.to_dict(), "front matter is read back as it was written"
     return text
 
@@ -109,7 +111,7 @@ def escaped(text: str) -> str:
     """Return text for Markdown outside of code: no markup of its own, on one line."""
     flat = " ".join(visible(text).split())
     quoted = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", quoted)
+    return _LEADING.sub(r"\1\\", _SPECIAL.sub(r"\\\1", quoted))
 
 
 def code(text: str) -> str:
@@ -187,14 +189,17 @@ def _measurements(report: Report | None) -> Iterator[str]:
             rows.append([f"Speed {escaped(view.title)}", NOT_MEASURED, escaped(view.refused)])
         for figure in view.figures:
             for bar in figure.bars:
-                rows.append([f"{escaped(figure.title)}: {bar.name}", escaped(bar.text), escaped(figure.unit)])
+                rows.append(
+                    [f"{escaped(figure.title)}: {bar.name}", escaped(bar.text), escaped(figure.unit.partition(";")[0])]
+                )
     if not report.speed:
         rows.append(["Speed", NOT_MEASURED, ""])
     yield from ("## Measurements", "")
     yield from table(("Measure", "Value", ""), rows)
     machine = report.environment
     cores = count(machine.cores, "core")
-    yield f"Measured on {escaped(machine.cpu or machine.architecture or 'a processor')}, {cores}; times are this machine's."
+    name = machine.cpu or machine.architecture or "a processor"
+    yield f"Measured on {escaped(name)}, {cores}; times are this machine's."
     yield from (f"All of it, with figures: {code(html.NAME)}; for programs: `report.json`.", "")
 
 
@@ -203,7 +208,7 @@ def _made(record: Mapping[str, Any], report: Report | None) -> Iterator[str]:
     again = None if report is None else reproduction(report, record)
     if again is not None:
         lines = [visible(line) for line in again.lines]
-        fence = "~~~~" if any("```" in line for line in lines) else "```"
+        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", "".join(lines))), 3)
         yield from (f"{fence}sh", *(line if not index else f"  {line}" for index, line in enumerate(lines)), fence, "")
         yield from (f"- {escaped(note)}" for note in again.notes)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record["tools"].items()))

@@ -37,11 +37,15 @@ class Bar:
     note: str = ""
 
 
-def bars(rows: Sequence[tuple[str, float | None, str, tuple[float, float] | None, str]], own: str) -> list[Bar]:
+#: Name, value, its text, its slow and fast tenths, and a note beside the name.
+BarRow = tuple[str, float | None, str, tuple[float, float] | None, str]
+
+
+def bars(rows: Sequence[BarRow], own: str) -> list[Bar]:
     """Return bars on one scale that begins at 0.
 
     Args:
-        rows: Name, value, its text, its slow and fast tenths, and a note beside the name.
+        rows: What is drawn; without a value only its text is shown.
         own: The name of the artifact's.
     """
     top = max((value for _, value, _, _, _ in rows if value is not None), default=0.0)

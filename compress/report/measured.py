@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from compress.report.figures import Bar, HistogramFigure, bars, histogram
+from compress.report.figures import Bar, BarRow, HistogramFigure, bars, histogram
 from compress.report.model import (
     AnyDrift,
     AnySpeed,
@@ -109,7 +109,9 @@ def _beside(speed: AnySpeed) -> str:
 def size_figure(report: Report) -> BarFigure:
     """Return the artifact's size beside the source's."""
     size = report.size
-    rows = [(OWN, float(size.artifact_bytes), format_size(size.artifact_bytes), None, "graph and weights")]
+    rows: list[BarRow] = [
+        (OWN, float(size.artifact_bytes), format_size(size.artifact_bytes), None, "graph and weights")
+    ]
     if size.source_bytes is not None:
         rows.append(("Source", float(size.source_bytes), format_size(size.source_bytes), None, "weights"))
     return BarFigure("Size", "shorter is smaller", tuple(bars(rows, OWN)))
@@ -262,7 +264,8 @@ def speeds(report: Report) -> list[SpeedView]:
 
 
 def _conditions(speed: AnySpeed) -> str:
-    return f"{count(speed.threads, 'thread')}, {count(speed.repeats, 'repeat')}, medians, in alternation with the baselines"
+    amounts = f"{count(speed.threads, 'thread')}, {count(speed.repeats, 'repeat')}"
+    return f"{amounts}, medians, in alternation with the baselines"
 
 
 def _decoder_speed(speed: Speed) -> SpeedView:
@@ -270,8 +273,8 @@ def _decoder_speed(speed: Speed) -> SpeedView:
     if speed.evidence != "measured":
         return SpeedView(title, speed.device, "", EVIDENCE[speed.evidence], (), ())
     rate = speed.decode_tokens_per_second
-    decode = [(OWN, rate.median, plain(rate.median), (rate.p10, rate.p90), "")]
-    prefill = [(OWN, speed.prefill_tokens_per_second, plain(speed.prefill_tokens_per_second), None, "")]
+    decode: list[BarRow] = [(OWN, rate.median, plain(rate.median), (rate.p10, rate.p90), "")]
+    prefill: list[BarRow] = [(OWN, speed.prefill_tokens_per_second, plain(speed.prefill_tokens_per_second), None, "")]
     rows = [Row(OWN, (seconds(speed.load_seconds), format_size(speed.peak_rss_bytes), "", ""))]
     for name, label in BASELINES.items():
         found = speed.baselines.get(name)
@@ -314,7 +317,7 @@ def _encoder_speed(speed: EncoderSpeed) -> SpeedView:
     title = f"On {speed.provider}"
     if speed.evidence != "measured":
         return SpeedView(title, speed.device, "", EVIDENCE[speed.evidence], (), ())
-    main = [(OWN, speed.latency_ms.p50, f"{plain(speed.latency_ms.p50)} ms", None, "")]
+    main: list[BarRow] = [(OWN, speed.latency_ms.p50, f"{plain(speed.latency_ms.p50)} ms", None, "")]
     costs = [Row(OWN, (seconds(speed.load_seconds), format_size(speed.peak_rss_bytes)))]
     for name, label in BASELINES.items():
         found = speed.baselines.get(name)

@@ -17,6 +17,12 @@ from compress.source.files import contained
 
 CARD_NAME = "README.md"
 _MAX_CARD_BYTES = 1 << 20
+_MAX_KEYS_LENGTH, _MAX_BRACKETS = 4096, 16
+_BLOCK = re.compile(r"\s*---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+# A key at the start of a line, with the lines that belong to it: indented ones and items of a list.
+_KEYS = re.compile(
+    r"^(?:license|license_name|license_link|language|pipeline_tag):[^\n]*(?:\n(?:[ \t]+|- )[^\n]*)*", re.MULTILINE
+)
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .+_\-]{0,63}")
 _LINK = re.compile(r"https://[\w.\-]+/[\w./%\-]{0,200}|LICENSE(?:\.md|\.txt)?", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?|multilingual|code")
@@ -64,10 +70,10 @@ def origin(source: Mapping[str, Any], directory: Path | None) -> Origin:
         return Origin(entry.hub, known, None, None, languages, entry.task, "catalog")
     hub = source.get("id") if source.get("kind") == "hub" else None
     base = hub if isinstance(hub, str) and _HUB_ID.fullmatch(hub) else None
-    licence, name, link = _licence(card)
+    stated, name, link = _licence(card)
     task = card.get("pipeline_tag")
     told = task if isinstance(task, str) and re.fullmatch(r"[a-z0-9\-]{3,40}", task) else None
-    return Origin(base, licence, name, link, languages, told, "card" if licence else None)
+    return Origin(base, stated, name, link, languages, told, "card" if stated else None)
 
 
 def _licence(card: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
@@ -87,14 +93,21 @@ def _texts(value: Any) -> list[str]:
 
 
 def _front_matter(directory: Path) -> dict[str, Any]:
-    """Return what the source's card says of itself; nothing where there is none, or none that can be read."""
+    """Return what the source's card says of itself; nothing where there is none, or none that can be read.
+
+    Only the keys that are looked for are parsed: front matters may hold tables of thousands of results.
+    """
     import yaml
-    from huggingface_hub.repocard import metadata_load
 
     try:
         path = contained(directory, CARD_NAME)
-        if path.stat().st_size > _MAX_CARD_BYTES:
+        with path.open("rb") as stream:
+            text = stream.read(_MAX_CARD_BYTES).decode("utf-8-sig", errors="replace")
+        block = _BLOCK.match(text)
+        wanted = "" if block is None else "\n".join(match[0] for match in _KEYS.finditer(block[1]))
+        if len(wanted) > _MAX_KEYS_LENGTH or sum(map(wanted.count, "[{")) > _MAX_BRACKETS:
             return {}
-        return metadata_load(path) or {}
+        found = yaml.safe_load(wanted)
     except (SourceError, OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}

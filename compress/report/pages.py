@@ -1,4 +1,4 @@
-"""What an artifact shows to people: its report's page and its model card. Programs read report.json and manifest.json."""
+"""What an artifact shows to people: its report's page and its model card. Programs read the JSON files."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def far(drift: AnyDrift) -> str:
     """Return how far a measure's two sides are from each other, in a few words."""
     if isinstance(drift, DecoderDrift):
         kl = drift.kl_divergence
-        return f"KL {plain(kl.mean)} nats a token (p99 {plain(kl.p99)}), same most probable token {drift.top1_agreement:.1%}"
+        same = f"same most probable token {drift.top1_agreement:.1%}"
+        return f"KL {plain(kl.mean)} nats a token (p99 {plain(kl.p99)}), {same}"
     if drift.cosine is not None:
         return f"cosine {drift.cosine.mean:.6f}, worst {drift.cosine.min:.6f}"
     return lost(drift) or f"{drift.items:,} {drift.unit} compared"

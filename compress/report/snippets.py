@@ -119,9 +119,10 @@ def _encoder(record: Mapping[str, Any]) -> Snippet:
     profile = record.get("profile") or {}
     length = (profile.get("graph") or {}).get("static_length")
     text = '"What is blue?", "The sky is blue."' if record.get("task") == "question-answering" else '["A text."]'
-    call = f'{text}, padding=True, truncation=True, return_tensors="np"'
+    call = f'{text}, padding=True, truncation=True, return_token_type_ids=True, return_tensors="np"'
     if isinstance(length, int):  # the graph's shapes are fixed: one text, padded to its length
-        call = f'{text}, padding="max_length", max_length={length}, truncation=True, return_tensors="np"'
+        call = f'{text}, padding="max_length", max_length={length}, truncation=True, return_token_type_ids=True, '
+        call += 'return_tensors="np"'
     needs = "pip install onnxruntime transformers"
     return Snippet("ONNX Runtime", needs, "python", _ENCODER.format(call=call, dtype="np.int64"))
 

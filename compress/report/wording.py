@@ -13,8 +13,8 @@ Z95 = 1.96
 
 EVIDENCE: dict[Evidence, str] = {
     "measured": "measured on the device itself",
-    "simulated": "simulated: a vendor's simulator stood in for the device, so its time says nothing of the device's speed",
-    "emulated": "emulated: another processor did the work in software, so its time says nothing of the device's speed",
+    "simulated": "simulated: a vendor's simulator stood in for the device, and its time is no device's",
+    "emulated": "emulated: another processor did the work in software, and its time is no device's",
     "static": "only looked up: the graph's operators were compared with what the provider supports, nothing ran",
     "none": "nothing ran",
 }

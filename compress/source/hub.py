@@ -15,7 +15,8 @@ from compress.source.sentence_transformers import SENTENCE_NAMES
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # How a sentence's vector is made is part of what a plan is made from.
 CONFIG_PATTERNS = [CONFIG_NAME, *SENTENCE_NAMES]
-# The model card names the licence. Never *.bin (pickled), *.onnx, *.gguf, or another copy of the weights (`original/`, `consolidated.safetensors`).
+# The model card names the licence.
+# Never *.bin (pickled), *.onnx, *.gguf, or another copy of the weights (`original/`, `consolidated.safetensors`).
 ALL_PATTERNS = [CONFIG_NAME, "README.md", *SIDECAR_NAMES, WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors"]
 # In these patterns `*` also stands for a `/`.
 IGNORED_PATTERNS = ["model-*/*"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from compress.profile import load_profile
 from test_report import ACCURACY, CLASSIFIER, EMBEDDING, ENCODER, REPORT
+
+from compress.profile import load_profile
 
 LAYERS = 12
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

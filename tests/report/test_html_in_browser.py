@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import browser
 import full_reports
+import pytest
+
 from compress.report import html
 from compress.report.model import Report
 
@@ -17,13 +17,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 
 #: Elements that stick out of the window, but for those inside of a box that scrolls by itself.
 WIDER = """(width => [...document.querySelectorAll('body *')]
-  .filter(e => e.getBoundingClientRect().right > width + 0.5 && !e.closest('.scroll') && !e.matches('.unseen, .unseen *'))
+  .filter(e => e.getBoundingClientRect().right > width + 0.5
+    && !e.closest('.scroll') && !e.matches('.unseen, .unseen *'))
   .map(e => e.tagName + '.' + e.className))({width})"""
 #: Text whose contrast with what is behind it is below 4.5, as (text, contrast).
 FAINT = """(() => {
   const parse = c => c.match(/[\\d.]+/g).map(Number);
-  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-    return .2126 * r + .7152 * g + .0722 * b; };
+  const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = c => { const [r, g, b] = c.slice(0, 3).map(linear); return .2126 * r + .7152 * g + .0722 * b; };
   const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
     if (c.length < 4 || c[3] === 1) return c; } return parse(getComputedStyle(document.body).backgroundColor); };
   return [...document.querySelectorAll('body *')]
