@@ -69,9 +69,10 @@ lint: $(VENV)/.test
 docs: $(VENV)/.test
 	for page in $(PAGES); do $(BIN)/python tools/$${page}_reference.py || exit; done
 
-# build/site, to be opened as files or served by anything; fails on a broken link. Nothing is fetched.
+# build/site, to be opened as files or served by anything. Fails on a broken link, but not under --quiet: mkdocs counts
+# only warnings that it shows.
 site: $(VENV)/.site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_ENCODER_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
