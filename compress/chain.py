@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import pipeline, pooling
-from compress.contracts import Checkpoint
+from compress.contracts import Checkpoint, Decoder
 from compress.package.staging import write_file
 from compress.package.writer import require_space
 from compress.planning import Plan, make_plan
@@ -102,7 +102,9 @@ def _pruned(
     place = Path(tempfile.mkdtemp(prefix=".pruned-float-", dir=directory.parent))
     try:
         pipeline.build(smaller.checkpoint, plan, recipe, place, int(shared["threads"]), Stages(), pool=pool)
-        changes = {"budgets": {}, "providers": ("cpu",), "pytorch_baseline": False, "terms": Terms()}
+        changes: dict[str, Any] = {"budgets": {}, "providers": ("cpu",), "pytorch_baseline": False, "terms": Terms()}
+        if isinstance(structure, Decoder):
+            changes["sample_tokens"] = 0  # samples are the artifact's
         found = validate(place, {**shared, **changes, "progress": lambda stage, fraction: None})
         # Its stages are not the artifact's.
         return replace(found, stages=())

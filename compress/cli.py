@@ -16,19 +16,30 @@ from typing import Any
 
 import click
 
-from compress import __version__
+from compress.cli_compare import compare
+from compress.cli_completion import completion
+from compress.cli_generate import generate
+from compress.cli_inspect import inspect
 from compress.cli_options import (
+    Outcome,
+    artifact_argument,
     calibration_option,
     json_option,
     labels_option,
+    model_argument,
     model_options,
+    outcome_options,
     print_json,
     profile_options,
+    providers_option,
     reference_to,
-    short_name,
     threads_option,
 )
 from compress.cli_prune import prune
+from compress.cli_push import push
+from compress.cli_verify import sign, verify
+from compress.cli_version import version_option
+from compress.completion import complete_models, complete_profiles, complete_providers
 from compress.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -56,7 +67,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="compress")
+@version_option
 @click.option("--debug", is_flag=True, help="Show tracebacks and library logs.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
@@ -73,7 +84,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@model_argument
 @profile_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-PROFILE."
@@ -84,6 +95,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
+@outcome_options
 @threads_option
 @model_options
 @json_option
@@ -98,6 +110,8 @@ def export(
     max_memory: str | None,
     seed: int,
     no_validate: bool,
+    junit: Path | None,
+    mlflow: str | None,
     threads: int | None,
     adapter: Path | None,
     revision: str | None,
@@ -111,7 +125,7 @@ def export(
     from compress.sizes import parse_size
 
     recipe = load_profile(profile, overrides)
-    output = output or Path("artifacts") / f"{short_name(model)}-{recipe.name}"
+    output = output or pipeline.default_output(model, recipe.name)
     options = pipeline.ExportOptions(
         calibration_text=calibration_text,
         eval_text=eval_text,
@@ -121,6 +135,9 @@ def export(
         validate=not no_validate,
         threads=threads or os.cpu_count() or 1,
     )
+    if no_validate and junit is not None:
+        raise UsageError("there is no verdict to write without validation", hint="leave --junit or --no-validate out")
+    outcome = Outcome.prepare(junit, mlflow)
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     result = pipeline.export(reference_to(model, adapter, revision, task), recipe, output, options, stages)
     if as_json:
@@ -128,6 +145,7 @@ def export(
     else:
         _show_report(result.report)
         click.echo(f"{result.manifest['status']}: {output}")
+    outcome.tell(output, result.manifest, result.report)
     return result.exit_code
 
 
@@ -143,7 +161,7 @@ def _show_report(report: Any) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@model_argument
 @profile_options
 @calibration_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
@@ -167,18 +185,21 @@ def plan(
     Only config and headers are read, unless the profile chooses bits under a budget (quantize.allocation): then every
     tensor's errors are measured on the calibration text, as an export would, which takes minutes.
     """
-    from compress import pipeline
-    from compress.profile import load_profile
-    from compress.progress import Stages
-    from compress.show import plan_document, plan_text
+    from compress import api
+    from compress.show import plan_text
 
-    recipe = load_profile(profile, overrides)
-    options = pipeline.ExportOptions(
-        calibration_text=calibration_text, seed=seed, validate=False, threads=threads or os.cpu_count() or 1
-    )
-    stages = Stages(show=sys.stderr.isatty() and not as_json)
-    with pipeline.planned(reference_to(model, adapter, revision, task), recipe, options, stages) as found:
-        document = plan_document(found.plan, recipe, found.checkpoint, options.threads, found.allocation)
+    document = api.plan(
+        model,
+        profile,
+        overrides=overrides,
+        calibration_text=calibration_text,
+        seed=seed,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+        task=task,
+        progress=sys.stderr.isatty() and not as_json,
+    ).model_dump(mode="json")
     if as_json:
         print_json(document)
     else:
@@ -190,14 +211,13 @@ cli.add_command(prune)
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--reference", metavar="MODEL", help="The source model; default: the one the manifest names.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter that the artifact was made with.")
-@click.option(
-    "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
-)
+@providers_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @labels_option
+@outcome_options
 @threads_option
 @json_option
 def validate(
@@ -207,13 +227,17 @@ def validate(
     providers: tuple[str, ...],
     eval_text: Path | None,
     eval_labels: Path | None,
+    junit: Path | None,
+    mlflow: str | None,
     threads: int | None,
     as_json: bool,
 ) -> int:
     """Measure an ARTIFACT again: drift against its source, speed, placement; updates its report and manifest."""
     from compress import proof
+    from compress.package.manifest import read_manifest
     from compress.progress import Stages
 
+    outcome = Outcome.prepare(junit, mlflow)
     stages = Stages(show=sys.stderr.isatty() and not as_json)
     report, exit_code = proof.validate_artifact(
         artifact,
@@ -229,14 +253,13 @@ def validate(
         print_json(report)
     else:
         _show_report(report)
+    outcome.tell(artifact, read_manifest(artifact), report)
     return exit_code
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--on", "providers", multiple=True, metavar="PROVIDER", help="Providers to run on; default: the profile's."
-)
+@artifact_argument
+@providers_option
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt (decoders)."
 )
@@ -277,26 +300,11 @@ def bench(
     return 0
 
 
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("prompt")
-@click.option(
-    "--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The most tokens to generate."
-)
-@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
-@threads_option
-def generate(artifact: Path, prompt: str, new_tokens: int, raw: bool, threads: int | None) -> int:
-    """Try a decoder's ARTIFACT: complete PROMPT greedily, printed as it comes."""
-    from compress.generate import stream
-
-    for piece in stream(artifact, prompt, new_tokens=new_tokens, chat=not raw, threads=threads):
-        click.echo(piece, nl=False)
-    click.echo()
-    return 0
+cli.add_command(generate)
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_profiles)
 @json_option
 def profiles(name: str | None, as_json: bool) -> int:
     """List the profiles, or show one whole."""
@@ -320,7 +328,7 @@ def profiles(name: str | None, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_models)
 @json_option
 def models(name: str | None, as_json: bool) -> int:
     """List the short names of models, or show one."""
@@ -340,25 +348,23 @@ def models(name: str | None, as_json: bool) -> int:
     return 0
 
 
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@json_option
-def inspect(artifact: Path, as_json: bool) -> int:
-    """Show what is in an ARTIFACT: source, status, files, tensors by role, inputs and outputs."""
-    from compress.show import inspect_document, inspect_text
+cli.add_command(inspect)
+cli.add_command(compare)
+cli.add_command(push)
 
-    document = inspect_document(artifact)
-    if as_json:
-        print_json(document)
-    else:
-        click.echo(inspect_text(document), nl=False)
-    return 0
+
+cli.add_command(verify)
+cli.add_command(sign)
 
 
 @cli.command()
-@click.argument("names", metavar="[PROVIDER]...", nargs=-1)
+@click.argument("names", metavar="[PROVIDER]...", nargs=-1, shell_complete=complete_providers)
 @click.option(
-    "--install", multiple=True, metavar="PROVIDER", help="Install what the provider needs into the cache first."
+    "--install",
+    multiple=True,
+    metavar="PROVIDER",
+    shell_complete=complete_providers,
+    help="Install what the provider needs into the cache first.",
 )
 @json_option
 def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> int:
@@ -378,6 +384,9 @@ def doctor(names: tuple[str, ...], install: tuple[str, ...], as_json: bool) -> i
     else:
         click.echo(diagnosis.text(found), nl=False)
     return EXIT_PROVIDER if asked and not all(item.works for item in found) else EXIT_OK
+
+
+cli.add_command(completion)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import click
 
-from compress.cli_options import json_option, model_options, print_json, reference_to, short_name, threads_option
+from compress.cli_options import json_option, model_argument, model_options, print_json, threads_option
+from compress.completion import complete_profiles
 
 
 def _amount(name: str, what: str) -> Callable[[Any], Any]:
@@ -20,7 +20,7 @@ def _amount(name: str, what: str) -> Callable[[Any], Any]:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory; default artifacts/MODEL-pruned."
 )
@@ -36,7 +36,13 @@ def _amount(name: str, what: str) -> Callable[[Any], Any]:
 @click.option(
     "--recover", type=click.Choice(["none", "refit", "distill"]), help="What is done for what stays; default refit."
 )
-@click.option("--profile", default="float", metavar="NAME", help="Take prune and calibration of this profile.")
+@click.option(
+    "--profile",
+    default="float",
+    metavar="NAME",
+    shell_complete=complete_profiles,
+    help="Take prune and calibration of this profile.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: prune.steps=200.")
 @click.option(
     "--calibration-text",
@@ -76,39 +82,36 @@ def prune(
 
     Without amounts those of the profile count (its keys prune.*).
     """
-    from compress import pruning
-    from compress.pipeline import ExportOptions
-    from compress.profile import load_profile
-    from compress.progress import Stages
+    from compress import api
     from compress.show import pruning_text
-    from compress.sizes import parse_size
 
-    given = {
-        "ffn": ffn,
-        "heads": heads,
-        "kv_groups": kv_groups,
-        "layers": layers,
-        "vocabulary": vocabulary,
-        "speedup": speedup,
-        "max_kl": max_kl,
-        "algorithm": algorithm,
-        "depth": depth,
-        "recover": recover,
-    }
-    asked = [f"prune.{key}={value}" for key, value in given.items() if value is not None]
-    recipe = load_profile(profile, (*overrides, *asked))
-    output = output or Path("artifacts") / f"{short_name(model)}-pruned"
-    options = ExportOptions(
+    done = api.prune_model(
+        model,
+        output,
+        ffn=ffn,
+        heads=heads,
+        kv_groups=kv_groups,
+        layers=layers,
+        vocabulary=vocabulary,
+        speedup=speedup,
+        max_kl=max_kl,
+        algorithm=algorithm,
+        depth=depth,
+        recover=recover,
+        profile=profile,
+        overrides=overrides,
         calibration_text=calibration_text,
-        max_memory=parse_size(max_memory) if max_memory is not None else None,
+        max_memory=max_memory,
         seed=seed,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+        task=task,
+        progress=sys.stderr.isatty() and not as_json,
     )
-    stages = Stages(show=sys.stderr.isatty() and not as_json)
-    record = pruning.prune_to(reference_to(model, adapter, revision, task), recipe, output, options, stages)
     if as_json:
-        print_json({"output": str(output), "pruning": record})
+        print_json({"output": str(done.output), "pruning": done.record})
     else:
-        click.echo(pruning_text(record), nl=False)
-        click.echo(f"pruned: {output}")
+        click.echo(pruning_text(done.record), nl=False)
+        click.echo(f"pruned: {done.output}")
     return 0

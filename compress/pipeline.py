@@ -23,14 +23,18 @@ from compress import catalog, checks, pooling, pruning, resources, weights
 from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
-from compress.package import load_target, manifest, staging
+from compress.package import load_target, manifest, sbom, staging
+from compress.package.target import Package, Wish
 from compress.package.writer import DataFile, require_space
 from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.progress import Stages
 from compress.quantize import load_quantizer
+from compress.report import tensors
+from compress.report.environment import created
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
 from compress.source.sentence_transformers import Pooling
+from compress.stored_errors import StoredErrors
 from compress.tasks import load_task
 from compress.validation import text
 from compress.validation.encoder_run import check_length
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     from compress.progress import Meter
     from compress.pruning import PrunedSource
     from compress.report.calibrated import Calibrated as DecoderCalibrated
-    from compress.report.model import Allocation
+    from compress.report.model import Allocation, TensorRecord
 
 #: Runs the source model on texts, given where temporary files may go and a meter.
 Calibration = Callable[[Path, "Meter"], "Calibrated"]
@@ -99,6 +103,13 @@ class ModelReference:
         )
 
 
+def default_output(model: str, suffix: str) -> Path:
+    """Return where what is made of a model goes when nobody says: ``artifacts/NAME-SUFFIX``."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    safe = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.")
+    return Path("artifacts") / f"{safe or 'model'}-{suffix}"
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""
@@ -124,10 +135,11 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left to say: how often each graph rule fired, and what calibration found, if there was any."""
+    """What a build left to say: how often each graph rule fired, what calibration found, and how weights are stored."""
 
     fired: Mapping[str, int]
     calibration: Mapping[str, Any] | None
+    tensors: tuple[TensorRecord, ...]
 
 
 def describe(checkpoint: Checkpoint) -> Structure:
@@ -147,6 +159,7 @@ def export(
     _targets(profile)
     if options.validate:
         checks.check_provider(profile)
+        created()  # a date that makes no sense is told before the work
     if options.validate and options.eval_text is not None:
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     if options.calibration_text is not None:
@@ -180,22 +193,25 @@ def _export(
         checks.check_labels(structure, checkpoint.config, options)
         if options.validate and isinstance(structure, Encoder):
             check_length(structure.context_length, profile.validation.max_length)
-        for target in _targets(profile):
-            if target.applies(structure):
-                target.check(checkpoint)  # what is damaged is found out now, not after the weights
         pool = pooling.resolve(structure, profile, checkpoint)
         plan = make_plan(structure, profile, checkpoint)
         checks.check_plan(plan, profile)
         checks.check_calibration(plan, profile, options)
-        resources.check(plan, profile, options)
-        require_space(output, plan.predicted_bytes)
+        wish = Wish(checkpoint, plan, profile)
+        targets = _targets(profile, structure)
+        for target in targets:
+            target.check(wish)  # what is damaged is found out now, not after the weights
+        needs = [target.needs(wish) for target in targets]
+        packaging = max((need.memory for need in needs), default=0)
+        resources.check(plan, profile, options, packaging)
+        require_space(output, plan.predicted_bytes + sum(need.disk for need in needs))
     with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
         digests = background.submit(origin.files)
         calibration = _calibration(model, checkpoint, plan, profile, options)
         decoding = _decoding(model, checkpoint, plan, profile, options, directory)
         if decoding is not None:
             plan = calibrate_decoder(decoding, plan, stages)
-            resources.check(plan, profile, options)
+            resources.check(plan, profile, options, packaging)
             require_space(output, plan.predicted_bytes)
         built = build(
             checkpoint,
@@ -217,7 +233,8 @@ def _export(
             files=digests.result(),
             adapter={"directory": adapter.name} if adapter else None,
         )
-        record |= {"task": task, "fusions": dict(built.fired)}
+        record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
+        record["tensors"] = [item.model_dump(mode="json") for item in built.tensors]
         if made is not None:
             record["pruning"] = dict(made.record)
             pruning.copy_kept_ids(made, directory)
@@ -226,6 +243,8 @@ def _export(
         proved = _calibrated(decoding)
         if proved is not None and proved.allocation is not None:
             record["allocation"] = proved.allocation.model_dump(mode="json")
+        with stages.stage("sbom"):
+            sbom.write_sbom(directory, record)
         from compress.report import pages
 
         report, status, code = None, "built", EXIT_OK
@@ -241,6 +260,7 @@ def _export(
                 options,
                 stages,
                 fusions=built.fired,
+                tensors=built.tensors,
                 calibration=proved,
                 smaller=None if made is None else chain.Smaller(checkpoint, made.record),
             )
@@ -348,6 +368,7 @@ def build(
 
     skeleton = directory / ".skeleton.onnx"
     smoothing, moments, record = None, None, None
+    errors = StoredErrors()
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background:
         built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
@@ -375,6 +396,7 @@ def build(
                     smoothing=smoothing,
                     moments=moments,
                     done=() if written is None else written.names,
+                    errors=errors,
                 )
                 inline |= {} if written is None else written.inline
                 (directory / STATISTICS_NAME).unlink(missing_ok=True)
@@ -395,10 +417,11 @@ def build(
             serialize(graph.decode, directory / DECODE_NAME)
         _copy_files(checkpoint, directory)
         inputs = tuple(value.name or "" for value in graph.model.graph.inputs)
-        for target in _targets(profile):
-            if target.applies(plan.structure):
-                target.write(directory, plan.structure, checkpoint, inputs=inputs, options=profile.provider_options)
-    return Built(graph.fired, record)
+        package = Package(checkpoint, plan, profile, directory, inputs)
+        for target in _targets(profile, plan.structure):
+            target.write(package)
+    measured = errors.relative() | ({} if written is None else dict(written.stored_errors))
+    return Built(graph.fired, record, tensors.of_plan(plan, measured))
 
 
 def calibrate_decoder(calibration: DecoderCalibration, plan: Plan, stages: Stages) -> Plan:
@@ -537,5 +560,7 @@ def _importance(
     return partial(RandomTokens, plan, checkpoint, family, seed)
 
 
-def _targets(profile: Profile) -> list[ModuleType]:
-    return [load_target(name, where=f"profile {profile.name}") for name in profile.targets]
+def _targets(profile: Profile, structure: Structure | None = None) -> list[ModuleType]:
+    """Return a profile's targets, only those that take the model where its structure is given."""
+    found = [load_target(name, where=f"profile {profile.name}") for name in profile.targets]
+    return [target for target in found if structure is None or target.applies(structure)]

@@ -198,6 +198,9 @@ class Graph(_Strict):
     fused as expected is an error instead of a slow artifact. ``gelu = "tanh"`` computes exact GELUs by their tanh form,
     which differs by 5e-4 at most.
 
+    ``tables = "standard"`` (encoders) looks rows of bytes up in standard operators, for runtimes that have no
+    ``GatherBlockQuantized``: onnxruntime-web's wasm.
+
     ``static_length`` makes a graph of standard operators for one text of so many tokens, padded: every shape is a
     number, as NPUs want it. Decoders get two graphs, one for so many new tokens and one for a single one, over a
     key/value cache of ``cache_length`` tokens.
@@ -213,6 +216,7 @@ class Graph(_Strict):
     fusions: tuple[Fusion, ...] = ("attention", "packed_attention", "gelu")
     minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
     gelu: Literal["exact", "tanh"] = "exact"
+    tables: Literal["fused", "standard"] = "fused"
     static_length: int | None = Field(default=None, ge=8, le=4096)
     cache_length: int = Field(default=512, ge=8, le=1 << 16)
 
@@ -220,7 +224,8 @@ class Graph(_Strict):
 class Validation(_Strict):
     """How much is measured; lengths are tokens.
 
-    Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``. Encoders: ``texts``
+    Decoders: ``tokens`` in windows of ``window``; speed with ``prompt_tokens`` and ``new_tokens``; source and artifact
+    write up to ``sample_tokens`` tokens after each of four short prompts (0: none). Encoders: ``texts``
     cut to ``max_length`` tokens (default: 256, or all the positions of a model with fewer; labelled examples: all its
     positions); latency at every one of ``lengths`` that the model has positions for, in every one of ``batches``.
     Nodes of the operator types ``allowed_fallback`` may run elsewhere than on the provider.
@@ -230,6 +235,7 @@ class Validation(_Strict):
     window: int = Field(default=512, ge=8)
     prompt_tokens: int = Field(default=128, ge=1)
     new_tokens: int = Field(default=32, ge=2)
+    sample_tokens: int = Field(default=32, ge=0, le=1024)
     texts: int = Field(default=256, ge=8, le=100_000)
     max_length: int | None = Field(default=None, ge=8)
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16, 128, 512), min_length=1, max_length=16)
@@ -373,12 +379,25 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"not valid TOML: {error}", where=str(path)) from None
-    keys = {key for override in overrides for key in _apply(data, override)}
-    recipe = parse_profile(data, where=path.name)
+    return _overridden(data, overrides, where=path.name)
+
+
+def override(profile: Profile, overrides: Iterable[str]) -> Profile:
+    """Return a profile with ``KEY=VALUE`` overrides, which mean what they mean to :func:`load_profile`.
+
+    Raises:
+        UsageError: An unknown key, or a value that does not fit.
+    """
+    return _overridden(profile.model_dump(mode="json", exclude_unset=True), overrides, where=f"profile {profile.name}")
+
+
+def _overridden(data: dict[str, Any], overrides: Iterable[str], *, where: str) -> Profile:
+    keys = {key for change in overrides for key in _apply(data, change)}
+    recipe = parse_profile(data, where=where)
     asked = not keys.isdisjoint({"budget.max_bytes", "budget.max_kl"}) and "quantize.allocation" not in keys
     if asked and recipe.quantize.effort != "fast":
         data.setdefault("quantize", {})["allocation"] = "budget"
-        recipe = parse_profile(data, where=path.name)
+        recipe = parse_profile(data, where=where)
     return recipe
 
 

@@ -23,7 +23,8 @@ from compress.progress import Stages
 from compress.report import calibrated, pages
 from compress.report import json as report_json
 from compress.report import model as report
-from compress.report.environment import environment
+from compress.report import tensors as tensor_records
+from compress.report.environment import created, environment
 from compress.source.sentence_transformers import Pooling
 from compress.validation import on_provider, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
@@ -45,6 +46,7 @@ def prove(
     stages: Stages,
     *,
     fusions: Mapping[str, int],
+    tensors: tuple[report.TensorRecord, ...] = (),
     provider_names: Sequence[str] = (),
     calibration: calibrated.Calibrated | None = None,
     smaller: chain.Smaller | None = None,
@@ -52,9 +54,9 @@ def prove(
 ) -> dict[str, Any]:
     """Validate an artifact against its source, write ``report.json`` into it, and return the report.
 
-    ``checkpoint`` is the source; the plan is that of what was quantized. ``calibration`` is what a decoder was
-    calibrated on, and how its bits were chosen. ``smaller`` is the pruned checkpoint, measured as well; where it is
-    gone, ``pruning`` is what the manifest kept of it.
+    ``checkpoint`` is the source; the plan is that of what was quantized. ``tensors`` say how weights are stored.
+    ``calibration`` is what a decoder was calibrated on, and how its bits were chosen. ``smaller`` is the pruned
+    checkpoint, measured as well; where it is gone, ``pruning`` is what the manifest kept of it.
 
     Raises:
         ProviderError: A requested provider does not work here.
@@ -62,6 +64,7 @@ def prove(
     """
     names = tuple(provider_names) or (profile.provider,)
     on_provider.require(names)
+    created()  # a date that makes no sense is told before the work
     with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
         shared: dict[str, Any] = {
             "checkpoint_spec": CheckpointSpec(model.resolved, model.adapter, model.revision, model.wanted_task),
@@ -98,6 +101,7 @@ def prove(
         for stage in stages.done
     )
     made = report.Report(
+        created=created(),
         verdict=result.verdict,
         source=report.Source(
             identifier=checkpoint.identifier,
@@ -117,6 +121,8 @@ def prove(
         providers=result.providers,
         stages=(*before, *result.stages),
         fusions=dict(fusions),
+        tensors=tensors,
+        samples=result.samples,
         pruning=found,
         environment=environment(),
         **_calibration(calibration, result, profile, options, directory),
@@ -185,7 +191,7 @@ def _run_decoder(directory: Path, measured: MeasurePlan, context: int, shared: M
         tokens=measured.tokens,
         window=min(measured.window, context),
         speed_plan=SpeedPlan(prompt_tokens=prompt, new_tokens=new, repeats=measured.repeats),
-        **shared,
+        **{"sample_tokens": measured.sample_tokens, **shared},
     )
 
 
@@ -208,6 +214,7 @@ def validate_artifact(
     """
     record = manifest.read_manifest(artifact)
     profile = parse_profile(record["profile"], where=str(artifact / manifest.NAME))
+    tensors = tensor_records.of_manifest(record, str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)
     options = pipeline.ExportOptions(
         eval_text=eval_text, eval_labels=eval_labels, seed=record["seed"], threads=threads or os.cpu_count() or 1
@@ -228,6 +235,7 @@ def validate_artifact(
             options,
             stages,
             fusions=record.get("fusions", {}),
+            tensors=tensors,
             provider_names=providers,
             calibration=calibrated.of_manifest(record),
             removed=record.get("pruning"),

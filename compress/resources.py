@@ -128,8 +128,10 @@ def _encoder_validation_bytes(plan: Plan, encoder: Encoder, profile: Profile) ->
     return _REFERENCE + 2 * weights + 2 * states + 2 * logits
 
 
-def check(plan: Plan, profile: Profile, options: ExportOptions) -> Prediction:
+def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int = 0) -> Prediction:
     """Refuse before work starts when a stage is predicted to take more than ``options.max_memory``.
+
+    ``packaging`` is what the target with the largest appetite takes, bytes.
 
     Raises:
         ResourceError: Which stage needs how much, and what would help.
@@ -139,15 +141,16 @@ def check(plan: Plan, profile: Profile, options: ExportOptions) -> Prediction:
         return prediction
     needs: Mapping[str, int] = {
         "export": prediction.export,
+        "packaging": _MAIN + packaging,
         **({"validation": prediction.validation} if options.validate else {}),
     }
     for stage, needed in needs.items():
         if needed > options.max_memory:
-            hint = (
-                "raise --max-memory, or validate elsewhere: --no-validate now, compress validate later"
-                if stage == "validation"
-                else f"raise --max-memory to {format_size(needed)}"
-            )
+            hint = f"raise --max-memory to {format_size(needed)}"
+            if stage == "validation":
+                hint = "raise --max-memory, or validate elsewhere: --no-validate now, compress validate later"
+            elif stage == "packaging":
+                hint += ", or leave a target out (compress profiles shows them)"
             raise ResourceError(
                 f"{stage} would take {format_size(needed)}, more than --max-memory {format_size(options.max_memory)}",
                 hint=hint,

@@ -1,17 +1,14 @@
-"""Plans, models and artifacts as a person reads them, and as JSON: documents first, text made from them."""
+"""Plans, models and speeds as a person reads them, and as JSON: documents first, text made from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from compress import resources
 from compress.calibrate.estimate import estimate
 from compress.catalog import CatalogEntry
 from compress.contracts import Checkpoint, Encoder
-from compress.errors import CompressError
-from compress.package import manifest
 from compress.planning import Fate, Plan
 from compress.profile import Profile
 from compress.quantize.scheme import scheme_name
@@ -142,103 +139,6 @@ def models_text(entries: Iterable[CatalogEntry]) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-# --------------------------------------------------------------------------------------------------------- inspect
-
-
-def inspect_document(artifact: Path) -> dict[str, Any]:
-    """Read what an artifact says of itself; weights are not read.
-
-    Raises:
-        CompressError: It is not an artifact, or its graph cannot be parsed.
-    """
-    import onnx_ir as ir
-
-    record = manifest.read_manifest(artifact)
-    try:
-        model = ir.load(artifact / "model.onnx")
-    except Exception as error:  # protobuf and onnx_ir raise a dozen classes for a damaged file
-        raise CompressError(f"model.onnx cannot be read: {error}", where=str(artifact)) from error
-    operators: dict[str, int] = {}
-    for node in model.graph:
-        operators[node.op_type] = operators.get(node.op_type, 0) + 1
-    external = [
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
-    return {
-        "status": record["status"],
-        "source": {key: value for key, value in record["source"].items() if key != "files"},
-        "task": record.get("task"),
-        "profile": record["profile"],
-        "calibration": record.get("calibration"),
-        "fusions": record.get("fusions", {}),
-        "tools": record["tools"],
-        "files": record["files"],
-        "opset": model.opset_imports.get("", 0),
-        "inputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.inputs],
-        "outputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.outputs],
-        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
-        "external_tensors": len(external),
-    }
-
-
-def _shape(value: Any) -> list[int | str]:
-    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
-
-
-def inspect_text(document: Mapping[str, Any]) -> str:
-    """Return an artifact's description as text."""
-    source, profile = document["source"], document["profile"]
-    revision = f" @ {source['revision']}" if source.get("revision") else ""
-    lines = [
-        f"status    {document['status']}",
-        f"source    {source['id']}{revision} ({source['kind']})",
-        *([f"task      {document['task']}"] if document["task"] else []),
-        f"profile   {profile['name']}: {profile['description']}",
-        f"graph     opset {document['opset']}, {sum(document['operators'].values())} nodes: "
-        + ", ".join(f"{count} {name}" for name, count in list(document["operators"].items())[:6]),
-        "inputs    " + ", ".join(map(_value, _few(document["inputs"]))),
-        "outputs   " + ", ".join(map(_value, _few(document["outputs"]))),
-        *_calibrated(document["calibration"]),
-        "files",
-    ]
-    lines += [f"  {format_size(item['size']):>10}  {item['sha256'][:12]}  {item['name']}" for item in document["files"]]
-    return "\n".join(lines) + "\n"
-
-
-def _value(item: Mapping[str, Any]) -> str:
-    return f"{item['name']} [{', '.join(map(str, item['shape']))}]"
-
-
-def _calibrated(record: Mapping[str, Any] | None) -> list[str]:
-    if record is None:
-        return []
-    if "algorithm" in record:
-        return _calibrated_decoder(record)
-    kept = ", ".join(record["kept_float"]) or "none"
-    return [
-        f"calibrated on {record['texts']} texts of {record['text']['name']}; linears kept in float32: {kept}",
-    ]
-
-
-def _calibrated_decoder(record: Mapping[str, Any]) -> list[str]:
-    text = record["text"]
-    seeded = "" if text.get("seed") is None else f" (seed {text['seed']})"
-    lines = [
-        f"calibrated on {text['tokens']} tokens of {text['name']}{seeded}: "
-        f"{record['algorithm']}, effort {record['effort']}"
-    ]
-    if record.get("predicted_kl") is not None:
-        lines.append(f"bits were chosen by what each tensor's errors cost: predicted KL {record['predicted_kl']:.4g}")
-    return lines
-
-
-def _few(values: list[Any]) -> list[Any]:
-    """Leave the cache of all layers but the first out."""
-    return [item for item in values if not any(char.isdigit() and char != "0" for char in item["name"])]
 
 
 # ----------------------------------------------------------------------------------------------------------- bench

@@ -12,9 +12,17 @@ from compress.contracts import FloatArray, QuantizedRows, Scheme
 from compress.errors import SourceError
 from compress.package.writer import DataFile
 from compress.planning import Fate, Plan, StoredTensor
-from compress.quantize.packing import pack_matmul_weight, pack_table, pack_zero_points
-from compress.quantize.scales import pack_scales
+from compress.quantize.packing import (
+    pack_matmul_weight,
+    pack_table,
+    pack_zero_points,
+    unpack_matmul_weight,
+    unpack_table,
+    unpack_zero_points,
+)
+from compress.quantize.scales import pack_scales, unpack_scales
 from compress.quantize.scheme import zero_code
+from compress.stored_errors import StoredErrors, sampled
 
 AnyArray = npt.NDArray[Any]
 
@@ -24,19 +32,29 @@ class Store:
 
     Attributes:
         inline: The tensors that are too small for the data file, by planned name.
+        errors: How far what was stored is from what it was made of.
     """
 
-    def __init__(self, plan: Plan, data: DataFile) -> None:
+    def __init__(self, plan: Plan, data: DataFile, errors: StoredErrors | None = None) -> None:
         self.plan, self.data = plan, data
+        self.errors = errors or StoredErrors()
         self.inline: dict[str, AnyArray] = {}
         self._lock = threading.Lock()
 
-    def quantized(self, fate: Fate, start: int, result: QuantizedRows) -> None:
-        """Store rows of a quantized weight, from row ``start`` on."""
+    def quantized(self, fate: Fate, start: int, result: QuantizedRows, given: FloatArray) -> None:
+        """Store rows of a quantized weight, from row ``start`` on.
+
+        Args:
+            fate: The weight's.
+            start: The first row's place.
+            result: The rows.
+            given: What those among them were that are compared (:func:`compared`), before they were quantized.
+        """
         scheme = fate.scheme
         assert scheme is not None
+        some = sampled(fate.rows, start, start + len(result.scales))
         if scheme.activations != "none":
-            self._integer(fate, start, result)
+            self._integer(fate, start, result, given, some)
             return
         packed = (
             pack_table(result.codes, scheme, fate.columns)
@@ -53,8 +71,20 @@ class Store:
             stored = fate.part(kind)
             assert stored is not None, f"{fate.name}: the plan has no place for {kind}"
             self.rows(stored, start, array)
+        if len(some):
+            again = _unpacked({kind: array[some] for kind, array in parts.items()}, fate)
+            self.errors.note(fate.name, start + some, given, again)
 
-    def _integer(self, fate: Fate, start: int, result: QuantizedRows) -> None:
+    def floats(self, fate: Fate, start: int, rows: FloatArray) -> None:
+        """Note how far rows of a weight that is not quantized, from row ``start`` on, are from what is stored."""
+        some = sampled(fate.rows, start, start + len(rows))
+        if len(some):
+            kept = _as_planned(fate.stored[0], rows[some]).astype(np.float32)
+            self.errors.note(fate.name, start + some, rows[some], kept)
+
+    def _integer(
+        self, fate: Fate, start: int, result: QuantizedRows, given: FloatArray, some: npt.NDArray[np.int64]
+    ) -> None:
         """Store signed codes as [K, N], a column for every row that is quantized here."""
         scheme = fate.scheme
         codes, scales = fate.part("codes"), fate.part("scales")
@@ -68,6 +98,9 @@ class Store:
             for row, values in enumerate(signed):
                 self.data.write(codes.offset + row * fate.rows + start, values)
         self.rows(scales, start, result.scales[:, 0])
+        if len(some):
+            again = signed[:, some].T.astype(np.float32) * result.scales[some]
+            self.errors.note(fate.name, start + some, given, again[:, : fate.columns])
 
     def constant(self, stored: StoredTensor, array: AnyArray) -> None:
         """Write a whole array, of any shape, in the type that was planned."""
@@ -92,6 +125,26 @@ class Store:
             return
         row_bytes = stored.nbytes // stored.shape[0]
         self.data.write(stored.offset + row * row_bytes, array)
+
+
+def compared(fate: Fate, start: int, rows: FloatArray) -> FloatArray:
+    """Return a copy of those rows, of ``rows`` from row ``start`` on, that stand for the weight when it is stored."""
+    return rows[sampled(fate.rows, start, start + len(rows))]
+
+
+def _unpacked(parts: dict[str, AnyArray], fate: Fate) -> FloatArray:
+    """Return rows as a runtime reads them from what is stored, float32 ``[rows, columns]``."""
+    scheme, columns = fate.scheme, fate.columns
+    assert scheme is not None
+    codes = (
+        unpack_table(parts["codes"], scheme, columns)
+        if fate.kind == "table"
+        else unpack_matmul_weight(parts["codes"], scheme)
+    )
+    row_scales, zeros = parts.get("row_scales"), parts.get("zero_points")
+    scales = unpack_scales(parts["scales"], None if row_scales is None else row_scales[:, 0])
+    points = None if zeros is None else unpack_zero_points(zeros, scheme, columns)
+    return restored(QuantizedRows(codes, scales, points), scheme, columns)
 
 
 def _as_planned(stored: StoredTensor, array: AnyArray) -> AnyArray:

@@ -22,7 +22,8 @@ from compress.contracts import Checkpoint, FloatArray, Quantizer
 from compress.package.writer import DataFile
 from compress.planning import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
-from compress.store import AnyArray, Store
+from compress.store import AnyArray, Store, compared
+from compress.stored_errors import StoredErrors
 
 #: Progress after a number of weights is done: (weights done so far, weights in all).
 Progress = Callable[[int, int], None]
@@ -70,6 +71,7 @@ def write_weights(
     smoothing: Smoothing | None = None,
     moments: Callable[[str], FloatArray | None] | None = None,
     done: Collection[str] = (),
+    errors: StoredErrors | None = None,
 ) -> dict[str, AnyArray]:
     """Write every weight of the plan to its place in the data file.
 
@@ -85,6 +87,7 @@ def write_weights(
         smoothing: Weights that are changed on the way, and the vectors that undo it.
         moments: Gives the second moments of a linear's inputs, by its name; ``None`` where none are known.
         done: Tensors, by name, that were written already.
+        errors: Is told how far what is stored is from what was read.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -95,7 +98,7 @@ def write_weights(
     keep_buffers()
     stopped = threading.Event()
     calibration = calibrate(stopped) if calibrate is not None else None
-    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments)
+    stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments, errors)
     stream.written = sum(plan.by_name[name].rows * plan.by_name[name].columns for name in done)
     for name, array in (smoothing.constants if smoothing is not None else {}).items():
         stream.store.constant(plan.by_name[name].stored[0], array)
@@ -111,8 +114,8 @@ def write_weights(
         try:
             ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
             # A thread that was stopped has only waited for the one that failed.
-            errors = [error for future in ended if (error := future.exception()) is not None]
-            for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            failures = [error for future in ended if (error := future.exception()) is not None]
+            for error in sorted(failures, key=lambda error: isinstance(error, Stopped)):
                 raise error
         finally:
             # One bad tensor, or Ctrl-C, must not wait for the gigabytes behind it.
@@ -147,10 +150,11 @@ class _Stream:
         progress: Progress | None,
         smoothing: Smoothing | None,
         moments: Callable[[str], FloatArray | None] | None,
+        errors: StoredErrors | None,
     ) -> None:
         self.smoothing, self.moments = smoothing, moments
         self.plan, self.checkpoint, self.quantizer = plan, checkpoint, quantizer
-        self.store = Store(plan, data)
+        self.store = Store(plan, data, errors)
         self.calibration, self.stopped = calibration, stopped
         self._progress = progress
         self.written = 0
@@ -171,6 +175,8 @@ class _Stream:
             self._transpose(fate, rows)
         else:
             self.store.rows(fate.stored[0], task.start, rows.reshape(-1, *fate.stored[0].shape[1:]))
+        if fate.scheme is None and fate.kind != "vector":
+            self.store.floats(fate, task.start, rows)
         with self._lock:
             self.written += rows.size
             if self._progress is not None:
@@ -179,13 +185,14 @@ class _Stream:
     def _quantize(self, task: _Task, rows: FloatArray) -> None:
         fate, scheme = task.fate, task.fate.scheme
         assert scheme is not None
+        before = compared(fate, task.start, rows)
         importance = self.calibration.importance(fate) if self.calibration is not None else None
         if scheme.activations != "none":
             known = self.moments(fate.name) if self.moments is not None else None
             result = self.quantizer.quantize(rows, scheme, importance, moments=known)
         else:
             result = self.quantizer.quantize(rows, scheme, importance, scale_format=self.plan.scale_format)
-        self.store.quantized(fate, task.start, result)
+        self.store.quantized(fate, task.start, result, before)
 
     def _transpose(self, fate: Fate, rows: FloatArray) -> None:
         """Store [N, K] as [K, N], a band of columns at a time so that no second copy of the tensor exists."""

@@ -13,7 +13,7 @@ import pytest
 
 from compress import checks, pipeline
 from compress.errors import CompressError, UsageError
-from compress.generate import stream
+from compress.generation import stream
 from compress.planning import make_plan
 from compress.profile import load_profile
 from compress.progress import Stages

@@ -70,12 +70,14 @@ def check(plan: Plan, profile: Profile) -> None:
 class Written:
     """What the worker wrote: names of tensors, the small ones' values, and each linear's error.
 
-    ``errors`` are shares of the power of a linear's outputs on the calibration text.
+    ``errors`` are shares of the power of a linear's outputs on the calibration text, ``stored_errors`` the weights' own
+    relative errors (:mod:`compress.stored_errors`).
     """
 
     names: tuple[str, ...]
     inline: Mapping[str, AnyArray]
     errors: Mapping[str, float]
+    stored_errors: Mapping[str, float]
 
 
 @dataclass
@@ -193,7 +195,7 @@ class DecoderCalibration:
                 self.token_weights.unlink()
                 self.token_weights = None
         self.errors = answer["errors"]
-        return Written(tuple(answer["written"]), small, answer["errors"])
+        return Written(tuple(answer["written"]), small, answer["errors"], answer["stored_errors"])
 
     @property
     def record(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ length]``), ``workers`` (threads), and ``job``:
   is written to ``token_weights`` (:mod:`compress.calibrate.fisher`);
 - ``quantize``: ``data`` (the data file, its space claimed), ``inline`` (.npz), ``token_weights`` (.npz or null: every
   token counts the same) -> ``written`` [names of the tensors
-  that are in the data file or, the small ones, in ``inline``], ``errors`` {linear: share of its outputs' power}.
+  that are in the data file or, the small ones, in ``inline``], ``errors`` {linear: share of its outputs' power},
+  ``stored_errors`` {weight: its relative error}.
 
 In memory are one block, the hidden states of the calibration tokens, and the inputs of one linear with their second
 moments. Sums are made by one thread each, over pieces that do not depend on how many threads there are.
@@ -47,7 +48,7 @@ from compress.planning import Fate, Plan, make_plan
 from compress.profile import Profile, parse_profile
 from compress.quantize import load_quantizer
 from compress.reading import CHUNK_WEIGHTS, read_rows
-from compress.store import Store, restored
+from compress.store import Store, compared, restored
 from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 from compress.validation.streaming import Call, StreamedModel
 
@@ -120,9 +121,11 @@ class Quantization:
         wanted = [linear for linear in block.linears if given.plan.by_name[linear.name].scheme is not None]
         if isinstance(self.quantizer, ChannelScaler):
             self._fold(block)
+        fates = given.plan.by_name
+        before = {linear.name: compared(fates[linear.name], 0, linear.weight()) for linear in wanted}
         results = self._results(block, wanted)
         for linear in wanted:
-            self.store.quantized(given.plan.by_name[linear.name], 0, results[linear.name])
+            self.store.quantized(fates[linear.name], 0, results[linear.name], before[linear.name])
             self.written.append(linear.name)
         result = block.outputs()
         self.progress(_BLOCKS_SHARE * (index + 1) / given.decoder.layers)
@@ -194,6 +197,7 @@ class Quantization:
         def part(start: int) -> None:
             assert fate.scheme is not None
             rows = read_rows(self.given.checkpoint, fate, start, min(start + step, fate.rows))
+            before = compared(fate, start, rows)
             result = quantizer.quantize(
                 rows,
                 fate.scheme,
@@ -201,7 +205,7 @@ class Quantization:
                 scale_format=self.given.plan.scale_format,
                 moments=None if fate.tied else found.moments,
             )
-            self.store.quantized(fate, start, result)
+            self.store.quantized(fate, start, result, before)
 
         self.given.workers.map(part, range(0, fate.rows, step))
         self.written.append(fate.name)
@@ -248,7 +252,7 @@ def _quantize(calibration: Calibration, request: Json, progress: Callable[[float
         work.run()
         inline: dict[str, Any] = dict(work.store.inline)
         np.savez(request["inline"], **inline)
-    return {"written": work.written, "errors": work.errors}
+    return {"written": work.written, "errors": work.errors, "stored_errors": work.store.errors.relative()}
 
 
 def _sensitivity(calibration: Calibration, request: Json, progress: Callable[[float], None]) -> Json:

@@ -50,7 +50,7 @@ def build_decoder(
     names.normalise(model)
     fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
     static = profile.graph.static_length
-    fired["table"] = table.apply(model.graph, plan, weights, standard=static is not None)
+    fired["table"] = table.apply(model.graph, plan, weights, "fused" if static is None else "integers")
     fired["vector"] = place_vectors(model.graph, plan, weights)
     if plan.decoder.rope_shape is not None and static is None:
         constants = rotary.apply(model.graph, plan, weights)

@@ -77,7 +77,7 @@ def build_encoder(
     if "packed_attention" in profile.graph.fusions:
         fired["packed_attention"] = packed_attention.apply(graph, encoder.head_dim)
     fired["skip_norm"] = skip_norm.apply(graph) if "skip_norm" in profile.graph.fusions else 0
-    fired["table"] = table.apply(graph, plan, weights, standard=static)
+    fired["table"] = table.apply(graph, plan, weights, "integers" if static else profile.graph.tables)
     fired["vector"] = place_vectors(graph, plan, weights)
     if encoder.task == "embedding":
         fired["pooling"] = pooling.apply(graph, pool.mode, normalize=pool.normalize, static=static)

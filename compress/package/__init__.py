@@ -1,9 +1,9 @@
 """Packaging: the data file, the manifest, and one file a target.
 
-A target is a module of this package that defines ``TARGET``, its name in profiles, ``applies(structure)``,
-``check(checkpoint)`` and ``write(directory, structure, checkpoint, *, inputs, options)`` (the profile's
-``provider_options``); it is found by being here. A model that no target of its profile applies to is a plain directory
-for onnxruntime.
+A target is a module of this package that defines ``TARGET``, its name in profiles, ``applies(structure)``, and, of what
+it is given (:mod:`compress.package.target`), ``check(wish)``, ``needs(wish)`` and ``write(package)``; it is found by
+being here. A model that no target of its profile applies to is a plain directory for onnxruntime; the manifest's
+``targets`` says which ones took it.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from compress.contracts import Checkpoint, Decoder, Structure
 from compress.errors import SourceError
 from compress.package.staging import write_file
+from compress.package.target import Needs, Package, Wish
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
 TARGET = "genai"
@@ -30,32 +30,24 @@ def applies(structure: Structure) -> bool:
     return isinstance(structure, Decoder)
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(wish: Wish) -> None:
     """Read what :func:`write` will need.
 
     Raises:
         SourceError: It is damaged.
     """
-    read_generation(checkpoint)
+    read_generation(wish.checkpoint)
 
 
-def write(
-    directory: Path,
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    *,
-    inputs: tuple[str, ...],
-    options: Mapping[str, str] | None = None,
-) -> None:
-    """Write ``genai_config.json``.
+def needs(wish: Wish) -> Needs:
+    """Return what it takes beside the model: nothing."""
+    return Needs()
 
-    Args:
-        directory: The artifact.
-        decoder: Sizes of the model.
-        checkpoint: Its config and generation config name the special tokens.
-        inputs: The graph's input names.
-        options: Not read: the graph runs on whatever provider the user chooses.
-    """
+
+def write(package: Package) -> None:
+    """Write ``genai_config.json``: the model's sizes, its special tokens, the names of its inputs and outputs."""
+    decoder, checkpoint, inputs = package.structure, package.checkpoint, package.inputs
+    assert isinstance(decoder, Decoder)
     special, search = read_generation(checkpoint)
     eos = special["eos_token_id"]
     first_eos = eos[0] if isinstance(eos, list) else eos
@@ -97,7 +89,9 @@ def write(
         **search,
     }
     model = {key: value for key, value in model.items() if value is not None}
-    write_file(directory / NAME, json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n")
+    write_file(
+        package.directory / NAME, json.dumps({"model": model, "search": search}, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def read_generation(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:

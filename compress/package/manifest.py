@@ -17,6 +17,9 @@ from compress.profile import Profile
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
+#: A signature covers the manifest, so the manifest cannot hold its digest.
+SIGNATURE_NAME = "model.sig"
+MEASURED_NAMES = frozenset({"README.md", "report.html", "report.json"})
 #: Packages whose version can change the bytes or the numbers.
 TOOLS = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch", "transformers")
 _CHUNK = 1 << 20
@@ -30,6 +33,14 @@ def digest(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def measured(name: str) -> bool:
+    """Return whether a file of an artifact holds numbers that were measured, or the time when they were.
+
+    Every other file is decided by the model, profile, texts, seed and tool versions alone.
+    """
+    return name in MEASURED_NAMES or name.endswith(".svg")
 
 
 def tool_versions() -> dict[str, str]:
@@ -72,14 +83,25 @@ def build_manifest(
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any], *, status: str | None = None) -> dict[str, Any]:
     """Digest every file of the artifact and write ``manifest.json`` last."""
-    files = []
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != NAME and not path.name.endswith(".partial"):
-            files.append({"name": name, "size": path.stat().st_size, "sha256": digest(path)})
-    complete = {**manifest, "status": status or manifest["status"], "files": files}
+    files = list_files(directory)
+    complete = {
+        **manifest,
+        "status": status or manifest["status"],
+        "files": files,
+        "measured_files": [item["name"] for item in files if measured(item["name"])],
+    }
     write_file(directory / NAME, json.dumps(complete, indent=2, sort_keys=True) + "\n")
     return complete
+
+
+def list_files(directory: Path) -> list[dict[str, Any]]:
+    """Return name, size and SHA-256 of every file, by name; the manifest and a signature are not among them."""
+    names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return [
+        {"name": name, "size": path.stat().st_size, "sha256": digest(path)}
+        for name, path in sorted(names.items())
+        if name not in (NAME, SIGNATURE_NAME) and not name.endswith(".partial")
+    ]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,12 @@ from pathlib import Path
 import numpy as np
 
 from compress import providers
-from compress.contracts import Checkpoint, Encoder, Runtime, Structure
+from compress.contracts import Encoder, Runtime, Structure
 from compress.errors import CompressError, ProviderError, UsageError
 from compress.package.manifest import digest
 from compress.package.qnn_samples import Samples, decoder_samples, encoder_samples, input_shapes
 from compress.package.staging import sync
+from compress.package.target import Needs, Package, Wish
 from compress.validation.protocol import Json, run_worker
 from compress.validation.static_decoding import DECODE_NAME
 
@@ -83,7 +84,7 @@ def applies(structure: Structure) -> bool:
     return True
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(wish: Wish) -> None:
     """Find out before work starts whether QNN is here.
 
     Raises:
@@ -92,14 +93,13 @@ def check(checkpoint: Checkpoint) -> None:
     providers.load(PROVIDER).runtime()
 
 
-def write(
-    directory: Path,
-    structure: Structure,
-    checkpoint: Checkpoint,
-    *,
-    inputs: tuple[str, ...],
-    options: Mapping[str, str] | None = None,
-) -> None:
+def needs(wish: Wish) -> Needs:
+    """Return what it takes beside the model: a decoder's two graphs are compiled with their weights each."""
+    graphs = 1 if isinstance(wish.structure, Encoder) else 2
+    return Needs(disk=graphs * wish.plan.data_bytes)
+
+
+def write(package: Package) -> None:
     """Compile the artifact's graphs for the chip that the profile's ``provider_options.soc_model`` names.
 
     Raises:
@@ -108,7 +108,8 @@ def write(
     """
     from compress.providers.qnn import DEFAULT_SOC
 
-    soc = (options or {}).get("soc_model", DEFAULT_SOC)
+    directory, structure = package.directory, package.structure
+    soc = package.profile.provider_options.get("soc_model", DEFAULT_SOC)
     model, decode = directory / "model.onnx", directory / DECODE_NAME
     shapes, vocabulary = input_shapes(model), structure.vocab_size
     if isinstance(structure, Encoder):

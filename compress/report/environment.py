@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import compress
+from compress.errors import UsageError
 from compress.report.model import Environment
 
 LIBRARIES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
@@ -16,6 +18,23 @@ INSTRUCTION_SETS = (
     "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
+
+
+def created() -> str:
+    """Return the time, ISO 8601 in UTC to the second; what ``SOURCE_DATE_EPOCH`` says, where that is set.
+
+    Raises:
+        UsageError: It is no number of seconds that a date can have.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is None:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.fromtimestamp(int(given), UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"SOURCE_DATE_EPOCH is no time: {given[:40]!r}", hint="give seconds since 1970, or unset it"
+        ) from None
 
 
 def environment() -> Environment:

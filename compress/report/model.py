@@ -76,7 +76,7 @@ class Divergence(_Strict):
 class Histogram(_Strict):
     """How a measure is spread: ``counts[i]`` values lie in ``[edges[i], edges[i + 1])``, edges rising, the ends open.
 
-    ``kl``: nats a token; ``cosine_distance``: 1 - cosine of a text's two embeddings.
+    ``kl``: nats a token (of an encoder's labels: an item); ``cosine_distance``: 1 - cosine of a text's two embeddings.
     """
 
     measure: Literal["kl", "cosine_distance"]
@@ -507,3 +507,8 @@ class Report(_Strict):
     samples: tuple[Sample, ...] = ()
     stages: tuple[Stage, ...] = ()
     environment: Environment
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the verdict is ``pass``."""
+        return self.verdict.status == "pass"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +26,7 @@ from compress.report.model import (
     Pruning,
     Rate,
     Report,
+    Sample,
     Size,
     Speed,
     TaskAccuracy,
@@ -38,7 +39,8 @@ def show(report: Report, console: Console) -> None:
     show_verdict(report.verdict, console)
     _print(console, "size", size_rows(report.size))
     if report.drift is not None:
-        _print(console, f"drift on {report.drift.provider}", drift_rows(report.drift))
+        rows = [*drift_rows(report.drift), *sample_rows(report.samples)]
+        _print(console, f"drift on {report.drift.provider}", rows)
     if report.calibration is not None:
         _show_calibration(report.calibration, console)
     for speed in report.speed:
@@ -121,6 +123,17 @@ def _show_allocation(allocation: Allocation, console: Console) -> None:
     _print(console, f"bits by role, chosen for {size(allocation.bytes)}", rows)
     for line in frontier_text(allocation, width=max(24, min(console.width, 64))):
         console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def sample_rows(samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    """Return the line about what both sides write, if they did: how many texts are the same, and how far at least."""
+    if not samples:
+        return []
+    different = [sample.first_difference for sample in samples if sample.first_difference is not None]
+    said = f"{len(samples) - len(different)} of {len(samples)} texts as the source's"
+    if different:
+        said += f"; first difference after {min(different)} token{'' if min(different) == 1 else 's'}"
+    return [("samples", said)]
 
 
 def size(count: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.package.external import data_files
 from compress.tasks import architecture_of, task_of
 from compress.validation.static_decoding import DECODE_NAME
 
@@ -91,12 +92,13 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def model_bytes(model: Path) -> int:
-    """Return the bytes of a graph and what belongs to it: its external data, a static decoder's other graph."""
-    return sum(
-        path.stat().st_size
-        for path in model.parent.iterdir()
-        if path.name.startswith(model.name) or path.name == DECODE_NAME
-    )
+    """Return the bytes of a graph and what belongs to it: its external data, a static decoder's other graph.
+
+    What both refer to counts once; what a packaging target made of them besides does not count.
+    """
+    graphs = [path for path in (model, model.with_name(DECODE_NAME)) if path.is_file()]
+    data = {path for graph in graphs for path in data_files(graph)}
+    return sum(path.stat().st_size for path in (*graphs, *data))
 
 
 def _options(options: object) -> dict[str, str]:

@@ -64,6 +64,15 @@ class CachedDecoder:
         """Forget the sequence."""
         self._cache, self.length = {}, 0
 
+    def keep(self, length: int) -> None:
+        """Forget all but the first ``length`` positions; what they hold does not depend on those behind them."""
+        if length == 0:
+            self.reset()
+        elif length < self.length:
+            kept = {name: value.numpy()[:, :, :length] for name, value in self._cache.items()}
+            self._cache = {name: self._value(np.ascontiguousarray(array)) for name, array in kept.items()}
+            self.length = length
+
     def feed(self, ids: npt.NDArray[np.int64], keep: int = 0) -> npt.NDArray[np.float32]:
         """Append ``ids`` int64 ``[batch, new]`` and return float32 logits ``[batch, kept, vocab]``.
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import CompressError
+from compress.validation import histogram
 from compress.validation.logits import Rows
 
 FloatArray = npt.NDArray[np.float64]
@@ -45,6 +46,7 @@ class Drift:
         confident_tokens: Positions where the source gives its best token at least one half.
         confident_flips: How many of those have another best token in the artifact.
         max_abs_difference: Largest absolute difference of two logits.
+        kl_counts: Positions by their KL divergence, in the bins of ``histogram.KL_EDGES``.
     """
 
     tokens: int
@@ -59,6 +61,7 @@ class Drift:
     confident_tokens: int
     confident_flips: int
     max_abs_difference: float
+    kl_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def measure(reference: Rows, artifact: Rows, windows: npt.NDArray[np.int64]) -> 
         confident_tokens=confident,
         confident_flips=flips,
         max_abs_difference=largest,
+        kl_counts=histogram.counted(kl, histogram.KL_EDGES),
     )
 
 

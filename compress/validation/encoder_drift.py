@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compress.errors import CompressError
+from compress.validation import histogram
 from compress.validation.drift import log_softmax
 from compress.validation.logits import Rows
 
@@ -33,7 +34,7 @@ Head = Literal["single_label", "multi_label", "regression"]
 
 @dataclass(frozen=True)
 class EmbeddingDrift:
-    """Cosines and neighbours; errors are standard errors."""
+    """Cosines and neighbours; errors are standard errors. ``distance_counts`` has ``histogram.COSINE_EDGES``' bins."""
 
     texts: int
     cosine_mean: float
@@ -41,6 +42,7 @@ class EmbeddingDrift:
     cosine_error: float | None
     neighbour_agreement: float
     neighbour_error: float
+    distance_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LabelDrift:
     """Labels and scores; ``kl_*`` are ``None`` where scores are not a distribution.
 
     ``label_agreement`` of a model with one output is the share of pairs of texts that it puts in the same order.
+    ``kl_counts`` are items in the bins of ``histogram.KL_EDGES``.
     """
 
     items: int
@@ -57,6 +60,7 @@ class LabelDrift:
     kl_mean: float | None
     kl_error: float | None
     kl_p99: float | None
+    kl_counts: tuple[int, ...] | None
 
 
 def measure_embeddings(reference: npt.NDArray[np.floating], artifact: npt.NDArray[np.floating]) -> EmbeddingDrift:
@@ -80,6 +84,7 @@ def measure_embeddings(reference: npt.NDArray[np.floating], artifact: npt.NDArra
         cosine_error=float(cosines.std(ddof=1) / math.sqrt(count)),
         neighbour_agreement=share,
         neighbour_error=math.sqrt(share * (1 - share) / count),
+        distance_counts=histogram.counted(1 - cosines, histogram.COSINE_EDGES),
     )
 
 
@@ -136,7 +141,7 @@ def measure_labels(reference: Rows, artifact: Rows, counts: IntArray, head: Head
     if head == "regression":
         whole = slice(0, items)
         agreement = _same_order(reference[whole][:, 0].astype(np.float64), artifact[whole][:, 0].astype(np.float64))
-        return LabelDrift(items, agreement, None, largest, None, None, None)
+        return LabelDrift(items, agreement, None, largest, None, None, None, None)
     single = head == "single_label"
     return LabelDrift(
         items=items,
@@ -146,6 +151,7 @@ def measure_labels(reference: Rows, artifact: Rows, counts: IntArray, head: Head
         kl_mean=float(kl.mean()) if single else None,
         kl_error=ratio_error(kl, counts) if single else None,
         kl_p99=float(np.quantile(kl, 0.99)) if single else None,
+        kl_counts=histogram.counted(kl, histogram.KL_EDGES) if single else None,
     )
 
 
@@ -177,6 +183,7 @@ def measure_spans(reference: Rows, artifact: Rows, counts: IntArray) -> LabelDri
         kl_mean=float(kl.mean()),
         kl_error=ratio_error(kl, ones),
         kl_p99=float(np.quantile(kl, 0.99)),
+        kl_counts=histogram.counted(kl, histogram.KL_EDGES),
     )
 
 

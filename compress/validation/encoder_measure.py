@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import CompressError
-from compress.report.model import Cosine, Divergence, EncoderDrift, EvaluationText, Stage, TaskAccuracy
+from compress.report.model import Cosine, Divergence, EncoderDrift, EvaluationText, Histogram, Stage, TaskAccuracy
 from compress.validation import encoder_drift, evaluation, pieces, text
 from compress.validation.artifact import Artifact
 from compress.validation.encoded import Encoded, pack
 from compress.validation.encoder_speed import EncoderSpeedPlan
+from compress.validation.histogram import COSINE_EDGES, KL_EDGES
 from compress.validation.labels import Labels, label_names
 from compress.validation.logits import LogitsFile, check_disk
 from compress.validation.on_provider import run_artifact
@@ -168,7 +169,11 @@ def compare(artifact: Artifact, provider: str, reference: Reference, output: Pat
     if task == "embedding":
         near = encoder_drift.measure_embeddings(np.load(reference.drift.outputs), np.load(output))
         cosine = Cosine(mean=near.cosine_mean, min=near.cosine_min, standard_error=near.cosine_error)
-        embedded = {"neighbour_agreement": near.neighbour_agreement, "neighbour_agreement_error": near.neighbour_error}
+        embedded = {
+            "neighbour_agreement": near.neighbour_agreement,
+            "neighbour_agreement_error": near.neighbour_error,
+            "distribution": Histogram(measure="cosine_distance", edges=COSINE_EDGES, counts=near.distance_counts),
+        }
         return EncoderDrift.model_validate({**common, "items": near.texts, "cosine": cosine, **embedded})
     left, right = LogitsFile(reference.drift.outputs), LogitsFile(output)
     counts = encoded.rows_of_texts(task)
@@ -180,7 +185,8 @@ def compare(artifact: Artifact, provider: str, reference: Reference, output: Pat
     if seen.kl_mean is not None:
         divergence = Divergence(mean=seen.kl_mean, standard_error=seen.kl_error, p99=seen.kl_p99 or 0.0)
     labels = {"label_agreement": seen.label_agreement, "label_agreement_error": seen.label_error}
-    scores = {"logit_max_abs": seen.logit_max_abs, "kl_divergence": divergence}
+    spread = None if seen.kl_counts is None else Histogram(measure="kl", edges=KL_EDGES, counts=seen.kl_counts)
+    scores = {"logit_max_abs": seen.logit_max_abs, "kl_divergence": divergence, "distribution": spread}
     return EncoderDrift.model_validate({**common, "items": seen.items, **labels, **scores})
 
 

@@ -109,6 +109,13 @@ def judge(
     return Judgement("fail" if reasons else "pass", tuple(reasons))
 
 
+def concerns(budget: str, reason: str) -> bool:
+    """Return whether a reason of :func:`judge` is about a budget."""
+    measure = budget.split("_", 1)[1]
+    bound = "most" if budget.startswith("max") else "least"
+    return reason.startswith((f"{measure} is ", f"{measure} was not measured ")) and f" asks for at {bound} " in reason
+
+
 def _beside(measure: str, value: float, limit: float) -> str:
     """Return a value with as many digits as tell it from the limit that it misses."""
     if measure == "bytes":

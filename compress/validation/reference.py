@@ -5,7 +5,9 @@ Request: ``checkpoint`` {reference, adapter, revision, task}, ``threads``, ``job
 - ``logits``: ``windows`` (.npy int64 ``[windows, length]``) -> ``output`` (.npy float32 ``[windows * length, vocab]``),
   one decoder block in memory at a time;
 - ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats``, ``memory_cap`` (bytes or null) -> ``prefill_seconds``,
-  ``decode_seconds``, with the whole float32 model in memory; refused when it is predicted not to fit.
+  ``decode_seconds``, with the whole float32 model in memory; refused when it is predicted not to fit. With ``samples``
+  (a job of that kind) its answer is there as well, made after the clock has stopped;
+- ``prompts`` and ``samples`` are in ``source_samples``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from compress.contracts import Checkpoint
 from compress.errors import CompressError
+from compress.validation import source_samples
 from compress.validation.logits import LogitsWriter
 from compress.validation.memory import check_memory
 from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
@@ -110,7 +113,9 @@ def _speed(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
             prefill_seconds.append(prefill)
             decode_seconds.append(steps)
         progress((repeat + 1) / (repeats + 1))
-    return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "load_seconds": load_seconds}
+    times = {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "load_seconds": load_seconds}
+    samples = item.get("samples")
+    return times if samples is None else {**times, "samples": source_samples.whole(streamed.model, samples)}
 
 
 @torch.inference_mode()
@@ -133,7 +138,12 @@ def _part(job: Path, index: int, count: int) -> Progress:
     return lambda fraction: report_progress(job, (index + fraction) / count)
 
 
-_JOBS: dict[str, Callable[[Checkpoint, Json, Progress], Json]] = {"logits": write_logits, "speed": _speed}
+_JOBS: dict[str, Callable[[Checkpoint, Json, Progress], Json]] = {
+    "logits": write_logits,
+    "speed": _speed,
+    "prompts": source_samples.encode,
+    "samples": source_samples.ahead,
+}
 
 if __name__ == "__main__":
     sys.exit(serve(handle))

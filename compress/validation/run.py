@@ -26,18 +26,22 @@ from compress.report.model import (
     Estimate,
     EvaluationText,
     Evidence,
+    Histogram,
     Placement,
     ProviderVerdict,
+    Sample,
     Stage,
     Verdict,
 )
 from compress.validation import drift, on_provider, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
 from compress.validation.gate import judge
+from compress.validation.histogram import KL_EDGES
 from compress.validation.logits import LogitsFile, check_disk
 from compress.validation.on_provider import REFERENCE, Terms, run_artifact
 from compress.validation.protocol import CheckpointSpec as CheckpointSpec
 from compress.validation.protocol import Json, run_worker
+from compress.validation.samples import Sampling
 from compress.validation.speed import Baselined, Contender, SpeedPlan, float_contender, measure_speed
 
 Progress = Callable[[str, float], None]
@@ -47,7 +51,7 @@ DECODE_STEPS = 16
 
 @dataclass(frozen=True)
 class Validation:
-    """The parts of a report that validation fills in; ``drift`` is the first provider's."""
+    """The parts of a report that validation fills in; ``drift`` and ``samples`` are the first provider's."""
 
     verdict: Verdict
     drift: AnyDrift | None
@@ -56,6 +60,7 @@ class Validation:
     stages: tuple[Stage, ...]
     artifact_bytes: int
     providers: tuple[ProviderVerdict, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass
@@ -114,6 +119,7 @@ def run_validation(
     speed_plan: SpeedPlan | None = None,
     memory_cap: int | None = None,
     terms: Terms = Terms(),  # noqa: B008 - frozen
+    sample_tokens: int = 0,
 ) -> Validation:
     """Measure an artifact and judge it.
 
@@ -133,6 +139,7 @@ def run_validation(
         speed_plan: Lengths and rounds; its threads are replaced by ``threads``. Default: 128 + 32 tokens, 3 rounds.
         memory_cap: The most bytes a baseline may take.
         terms: Provider options, and what may fall back.
+        sample_tokens: The most tokens that source and artifact write after each prompt; 0 for none.
 
     Returns:
         The measures and the verdict.
@@ -149,19 +156,25 @@ def run_validation(
     _check_lengths(opened, window, plan)
     stages: list[Stage] = []
     results: dict[str, Measured] = {name: Measured() for name in providers}
+    sampling = Sampling(opened, sample_tokens)
     with tempfile.TemporaryDirectory(prefix=".compress-validate-", dir=scratch_directory(artifact)) as scratch:
         work = Path(scratch)
         reference = None
         if checkpoint_spec is not None:
-            reference = make_reference(opened, checkpoint_spec, eval_text, tokens, window, plan, work, stages, progress)
+            reference = make_reference(
+                opened, checkpoint_spec, eval_text, tokens, window, plan, work, stages, progress, sampling
+            )
             check_disk(work, (len(results) + 1) * reference.windows.size * opened.vocab_size * 4)
         for name, measured in results.items():
-            measure_graph(opened, name, reference, measured, plan, work, stages, progress)
+            measure_graph(opened, name, reference, measured, plan, work, stages, progress, sampling)
     for name, measured in results.items():
         contenders = _baselines(
             checkpoint_spec if pytorch_baseline else None, float_baseline, float_baseline_reason, memory_cap, name
         )
+        contenders["pytorch"] = replace(contenders["pytorch"], sampling=sampling)
         _measure_speed(opened, name, contenders, measured, plan, stages, progress)
+    if checkpoint_spec is not None:
+        _finish_samples(sampling, checkpoint_spec, results, plan, stages, progress)
     judged, each = verdicts(budgets, results, opened.bytes, terms)
     return Validation(
         verdict=judged,
@@ -171,7 +184,25 @@ def run_validation(
         placement=tuple(measured.placement for measured in results.values() if measured.placement),
         stages=tuple(stages),
         artifact_bytes=opened.bytes,
+        samples=sampling.samples,
     )
+
+
+def _finish_samples(
+    sampling: Sampling,
+    checkpoint: CheckpointSpec,
+    results: Mapping[str, Measured],
+    plan: SpeedPlan,
+    stages: list[Stage],
+    progress: Progress,
+) -> None:
+    """Ask the source for its side of the samples where no baseline did; say why there are none."""
+    stage = sampling.read_ahead(checkpoint, plan.threads, plan.timeout, lambda fraction: progress("samples", fraction))
+    if stage is not None:
+        stages.append(stage)
+    if sampling.reason is not None and not sampling.samples:
+        for measured in results.values():
+            measured.not_measured["samples"] = sampling.reason
 
 
 def make_reference(
@@ -184,20 +215,24 @@ def make_reference(
     work: Path,
     stages: list[Stage],
     progress: Progress,
+    sampling: Sampling | None = None,
 ) -> Reference:
-    """Cut the text into windows and write the source model's logits for them into ``work``."""
+    """Cut the text into windows and write the source model's logits for them into ``work``; encode the prompts."""
     chosen = text.embedded("evaluation") if eval_text is None else text.from_file(eval_text, tokens)
     windows = text.windows(chosen, artifact.directory, length=window, tokens=tokens, vocab_size=artifact.vocab_size)
     check_disk(work, windows.size * artifact.vocab_size * 4)
     path, output = work / "windows.npy", work / "reference.npy"
     np.save(path, windows)
-    job = {"kind": "logits", "windows": str(path), "output": str(output)}
-    request = {"checkpoint": checkpoint.as_request(), "threads": plan.threads, "jobs": [job]}
+    jobs: list[Json] = [{"kind": "logits", "windows": str(path), "output": str(output)}]
+    jobs += [] if sampling is None else sampling.prompt_jobs()
+    request = {"checkpoint": checkpoint.as_request(), "threads": plan.threads, "jobs": jobs}
     start = time.perf_counter()
     response = run_worker(
         "reference", request, timeout=plan.timeout, progress=lambda fraction: progress("reference", fraction)
     )
     stages.append(Stage(name="reference", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
+    if sampling is not None:
+        sampling.take_prompts(response["results"][1:])
     shape = response["results"][0]["shape"]
     if shape != [windows.size, artifact.vocab_size]:
         raise CompressError(
@@ -209,9 +244,17 @@ def make_reference(
 
 
 def measure_drift(
-    artifact: Artifact, provider: str, reference: Reference, plan: SpeedPlan, work: Path, progress: Progress
+    artifact: Artifact,
+    provider: str,
+    reference: Reference,
+    plan: SpeedPlan,
+    work: Path,
+    progress: Progress,
+    sampling: Sampling | None = None,
 ) -> tuple[DecoderDrift, Json]:
     """Run an artifact on the reference's windows, at once and through the cache; return drift and the response.
+
+    It writes its samples in the same session.
 
     Raises:
         CompressError: The worker failed, or logits are not finite.
@@ -226,9 +269,13 @@ def measure_drift(
         {"kind": "logits", "windows": str(reference.windows_path), "output": str(output)},
         {"kind": "cached_logits", "windows": str(some_path), "output": str(decoded), "prefill": length - steps},
     ]
+    measuring = len(jobs)
+    jobs += [] if sampling is None else sampling.artifact_jobs()
     response = run_artifact(
         artifact, provider, jobs, plan.threads, plan.timeout, lambda fraction: progress("drift", fraction)
     )
+    if sampling is not None:
+        sampling.take_written(response["results"][measuring:])
     measured = drift.measure(LogitsFile(reference.logits), LogitsFile(output), windows)
     rows = (np.arange(some)[:, None] * length + np.arange(length - steps, length)).ravel()
     through_cache = drift.measure_decode(
@@ -246,6 +293,7 @@ def measure_graph(
     work: Path,
     stages: list[Stage],
     progress: Progress,
+    sampling: Sampling | None = None,
 ) -> None:
     """Fill in drift (with a reference) and placement."""
     start = time.perf_counter()
@@ -259,7 +307,7 @@ def measure_graph(
                 artifact, provider, [], plan.threads, plan.timeout, lambda fraction: progress("placement", fraction)
             )
         else:
-            measured.drift, response = measure_drift(artifact, provider, reference, plan, work, progress)
+            measured.drift, response = measure_drift(artifact, provider, reference, plan, work, progress, sampling)
     except UsageError:
         raise
     except CompressError as error:
@@ -463,6 +511,7 @@ def _report_drift(
         confident_tokens=measured.confident_tokens,
         confident_flips=measured.confident_flips,
         logit_max_abs=measured.max_abs_difference,
+        distribution=Histogram(measure="kl", edges=KL_EDGES, counts=measured.kl_counts),
         decode=None
         if through_cache is None
         else DecodeConsistency(

@@ -22,6 +22,7 @@ from compress.validation.artifact import Artifact, model_bytes
 from compress.validation.memory import check_memory
 from compress.validation.on_provider import runtime_of
 from compress.validation.protocol import run_worker
+from compress.validation.samples import Sampling
 
 Baselined = Literal["pytorch", "onnx_float"]
 FLOAT_GRAPH_FACTOR = 1.2  # weights, then packed copies of some and activations
@@ -40,12 +41,16 @@ class SpeedPlan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing to measure: a worker module and its request without jobs, or the reason why there is none."""
+    """One thing to measure: a worker module and its request without jobs, or the reason why there is none.
+
+    ``sampling`` asks the source for its texts, once, when its times are taken.
+    """
 
     module: str = ""
     request: Mapping[str, Any] = field(default_factory=dict)
     skipped: str | None = None
     runtime: Runtime | None = None
+    sampling: Sampling | None = None
 
 
 @dataclass
@@ -148,9 +153,14 @@ def alternate(
 def _round(contender: Contender, job: Mapping[str, Any], plan: SpeedPlan, times: _Times) -> None:
     """Run one contender once and note its times."""
     merged = {**job, **contender.request.get("job", {})}
+    samples = None if contender.sampling is None else contender.sampling.source_job()
+    if samples is not None:
+        merged["samples"] = samples
     request = {**contender.request, "threads": plan.threads, "jobs": [merged]}
     response = run_worker(contender.module, request, timeout=plan.timeout, runtime=contender.runtime)
     result = response["results"][0]
+    if contender.sampling is not None and samples is not None:
+        contender.sampling.take_source(result["samples"])
     times.prefill += result["prefill_seconds"]
     times.decode += [step for steps in result["decode_seconds"] for step in steps]
     times.load.append(response["load_seconds"])

@@ -71,6 +71,10 @@ class StaticDecoder:
         self._cache = {name: np.zeros(self._shapes[name], np.float32) for name in self._past}
         self.length = 0
 
+    def keep(self, length: int) -> None:
+        """Forget all but the first ``length`` positions: the mask leaves the slots behind them out."""
+        self.length = min(length, self.length)
+
     def feed(self, ids: npt.NDArray[np.int64], keep: int = 0) -> npt.NDArray[np.float32]:
         """Append ``ids`` int64 ``[1, new]`` and return float32 logits ``[1, new, vocab]``, whatever ``keep`` says.
 

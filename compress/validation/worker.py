@@ -10,6 +10,8 @@ Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``
 - ``cached_logits``: the same windows, the first ``prefill`` tokens of each at once, the others one by one through the
   cache -> ``output`` (.npy float32 ``[windows * (length - prefill), vocab]``);
 - ``greedy``: ``prompt`` [ids], ``new_tokens`` -> ``tokens`` [ids];
+- ``samples``: ``prompts`` [ids], ``limits`` [new tokens at most], ``stop`` [ids] -> ``tokens`` [new ids, the one that
+  ended the text among them], ``limits`` as the graph's cache leaves them;
 - ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats`` -> ``prefill_seconds`` [repeat], ``decode_seconds``
   [repeat][step]; one unrecorded warm-up first;
 - an encoder's jobs are in ``encoding``.
@@ -170,16 +172,32 @@ def _write(
 
 
 def _greedy(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
-    decoder.reset()
-    ids = np.array([item["prompt"]], np.int64)
-    tokens: list[int] = []
     count = int(item["new_tokens"])
-    while len(tokens) < count:
+    tokens = _written(decoder, item["prompt"], count, frozenset(), lambda done: progress(done / count))
+    return {"tokens": tokens}
+
+
+def _samples(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
+    texts, limits, stop = [], [], frozenset(item["stop"])
+    for index, (prompt, limit) in enumerate(zip(item["prompts"], item["limits"], strict=True)):
+        room = decoder.slots - len(prompt) if isinstance(decoder, StaticDecoder) else limit
+        limits.append(max(0, min(limit, room)))
+        texts.append(_written(decoder, prompt, limits[-1], stop, lambda done: None))
+        progress((index + 1) / len(item["prompts"]))
+    return {"tokens": texts, "limits": limits}
+
+
+def _written(decoder: AnyDecoder, prompt: list[int], count: int, stop: frozenset[int], progress: Progress) -> list[int]:
+    """Return ``count`` tokens after a prompt, greedily, or fewer: up to and including the first of ``stop``."""
+    decoder.reset()
+    ids = np.array([prompt], np.int64)
+    tokens: list[int] = []
+    while len(tokens) < count and not (tokens and tokens[-1] in stop):
         ids = decoder.feed(ids, keep=1)[:, -1].argmax(-1)[:, None]
         tokens.append(int(ids[0, 0]))
-        progress(len(tokens) / count)
+        progress(len(tokens))
     decoder.reset()
-    return {"tokens": tokens}
+    return tokens
 
 
 def _speed(decoder: AnyDecoder, item: Json, progress: Progress) -> Json:
@@ -210,6 +228,7 @@ _JOBS: dict[str, Callable[[AnyDecoder, Json, Progress], Json]] = {
     "logits": _logits,
     "cached_logits": _cached_logits,
     "greedy": _greedy,
+    "samples": _samples,
     "speed": _speed,
 }
 

@@ -13,6 +13,9 @@ import pytest
 from compress import pipeline
 from compress.errors import SourceError
 from compress.package import genai
+from compress.package.target import Package
+from compress.planning import make_plan
+from compress.profile import load_profile
 from compress.source import open_checkpoint
 
 INPUTS = ("input_ids", "attention_mask")
@@ -29,7 +32,9 @@ def written(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
         changed = json.loads((model / "config.json").read_text()) | config
         (model / "config.json").write_text(json.dumps(changed))
         with open_checkpoint(str(model)) as checkpoint:
-            genai.write(tmp_path, pipeline.describe(checkpoint), checkpoint, inputs=INPUTS)
+            profile = load_profile("arm-int4")
+            plan = make_plan(pipeline.describe(checkpoint), profile, checkpoint)
+            genai.write(Package(checkpoint, plan, profile, tmp_path, INPUTS))
         return json.loads((tmp_path / "genai_config.json").read_text())
 
     return get

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.report import environment, terminal
 from compress.report import json as report_json
 from compress.report.chain import chain_svg
@@ -385,6 +386,35 @@ def test_what_was_not_measured_has_no_line(report: Report) -> None:
     bare = report.model_copy(update=nothing)
     output = shown(bare, 80)
     assert "KL" not in output and "tok/s" not in output and "nodes" not in output
+
+
+@pytest.mark.parametrize(
+    ("places", "line"),
+    [
+        ((None, None), "2 of 2 texts as the source's"),
+        ((None, 12, None, 30), "2 of 4 texts as the source's; first difference after 12 tokens"),
+        ((1,), "0 of 1 texts as the source's; first difference after 1 token"),
+    ],
+)
+def test_samples_have_one_line(report: Report, places: tuple[int | None, ...], line: str) -> None:
+    text = {"prompt": "p", "chat": False, "source": "a", "artifact": "b", "tokens": 32, "source_complete": True}
+    samples = [{**text, "first_difference": place} for place in places]
+    with_samples = Report.model_validate({**REPORT, "samples": samples})
+    made, plain = ([row.rstrip() for row in shown(one, 120).splitlines()] for one in (with_samples, report))
+    (new,) = (row for row in made if row not in plain)
+    assert new.split(maxsplit=1) == ["samples", line] and len(made) == len(plain) + 1
+
+
+def test_the_date_is_the_epochs_where_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert environment.created() == "2023-11-14T22:13:20+00:00"
+    for wrong in ("", "yesterday", "1.5", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is no time"):
+            environment.created()
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    now = datetime.fromisoformat(environment.created())
+    assert abs((datetime.now(UTC) - now).total_seconds()) < 60 and not now.microsecond
 
 
 def test_a_passing_verdict_is_a_word(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.validation import drift
+from compress.validation.histogram import COSINE_EDGES, KL_EDGES, counted
 
 Logits = npt.NDArray[np.float32]
 
@@ -158,3 +160,29 @@ def test_decode_drift_separates_the_cache_from_the_weights() -> None:
     broken = drift.measure_decode(reference, artifact, np.roll(artifact, 1, axis=0), 9)
     assert broken.self_kl_mean > 0.1 and broken.prefill_kl_mean == sound.prefill_kl_mean
     assert broken.tokens == 45
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.5, 30.0])
+def test_divergences_are_counted_as_a_naive_loop_does(noise: float) -> None:
+    reference, artifact, windows = sample(noise=noise)
+    artifact[3] = reference[3]  # no divergence at all
+    measured = drift.measure(reference, artifact, windows)
+    expected = [0] * (len(KL_EDGES) - 1)
+    for row in (w * 9 + t for w in range(5) for t in range(8)):
+        p, q = softmax(reference[row]), softmax(artifact[row])
+        kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        inside = [i for i in range(len(expected)) if KL_EDGES[i] <= kl < KL_EDGES[i + 1]]
+        expected[inside[0] if inside else 0 if kl < 1 else -1] += 1
+    assert list(measured.kl_counts) == expected and sum(expected) == measured.tokens
+    assert measured.kl_counts[0] >= 1 and max(expected) < measured.tokens
+    moved = drift.measure(reference, artifact + np.float32(0.5) * (np.arange(33) % 2).astype(np.float32), windows)
+    assert moved.kl_counts != measured.kl_counts
+
+
+def test_the_ends_of_the_bins_are_open_and_edges_count_upwards() -> None:
+    values = np.array([0.0, 1e-9, KL_EDGES[1], 99.9, 100.0, 1e6])
+    counts = counted(values, KL_EDGES)
+    assert (counts[0], counts[1], counts[-1], sum(counts)) == (2, 1, 3, 6)
+    assert len(KL_EDGES) == 25 and (KL_EDGES[0], KL_EDGES[-1]) == (1e-6, 100)
+    assert (COSINE_EDGES[0], COSINE_EDGES[-1]) == (1e-7, 1)
+    assert all(1.9 < high / low < 2.3 for low, high in itertools.pairwise(KL_EDGES))

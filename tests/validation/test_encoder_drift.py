@@ -18,6 +18,7 @@ from compress.validation.encoder_drift import (
     ratio_error,
     unit,
 )
+from compress.validation.histogram import COSINE_EDGES, KL_EDGES
 
 
 def rows(count: int, columns: int, seed: int = 0) -> Any:
@@ -49,6 +50,10 @@ def test_cosines_and_neighbours_are_those_of_a_naive_loop(monkeypatch: pytest.Mo
     same = np.mean([a == b for a, b in zip(naive(left), naive(right), strict=True)])
     assert found.neighbour_agreement == pytest.approx(same) and 0 < same < 1
     assert found.neighbour_error == pytest.approx(math.sqrt(same * (1 - same) / 23))
+    bins = zip(COSINE_EDGES[:-1], COSINE_EDGES[1:], strict=True)
+    inside = [int(((1 - cosines >= low) & (1 - cosines < high)).sum()) for low, high in bins]
+    assert list(found.distance_counts) == inside and sum(inside) == 23 > max(inside)
+    assert measure_embeddings(left, left).distance_counts[0] == 23
     assert nearest(unit(left, "x")).tolist() == naive(left)
 
 
@@ -74,9 +79,12 @@ def test_labels_are_counted_as_a_naive_loop_does(head: Any, monkeypatch: pytest.
             np.quantile(values, 0.99)
         )
         assert found.kl_error == pytest.approx(ratio_error(values, counts))
+        bins = zip(KL_EDGES[:-1], KL_EDGES[1:], strict=True)
+        assert found.kl_counts == tuple(int(((values >= low) & (values < high)).sum()) for low, high in bins)
+        assert sum(found.kl_counts) == found.items
     else:
         same = ((left > 0) == (right > 0)).mean(axis=1).tolist()
-        assert found.kl_mean is None
+        assert found.kl_mean is None and found.kl_counts is None
     assert found.label_agreement == pytest.approx(np.mean(same)) and 0 < found.label_agreement < 1
     assert found.items == 30 and found.logit_max_abs == pytest.approx(np.abs(left - right).max())
 
@@ -100,7 +108,7 @@ def test_spans_choose_among_the_positions_of_their_text() -> None:
         same.append(bool((a.argmax(0) == b.argmax(0)).all()))
         values.append((kl(a[:, 0], b[:, 0]) + kl(a[:, 1], b[:, 1])) / 2)
     assert found.items == 2 and found.label_agreement == np.mean(same)
-    assert found.kl_mean == pytest.approx(np.mean(values))
+    assert found.kl_mean == pytest.approx(np.mean(values)) and sum(found.kl_counts or ()) == 2
     assert measure_spans(left, left, counts).label_agreement == 1
     end = left.copy()
     end[0, 1] = 99  # only the end moved

@@ -3,7 +3,11 @@
 Before: ``Gather(weight, ids)``.
 After:  ``com.microsoft.GatherBlockQuantized(codes, ids, scales, zero_points?)``.
 
-In standard operators (``standard``), for graphs whose every tensor is of integers later::
+In standard operators, for runtimes without that operator (``standard``: onnxruntime-web's wasm)::
+
+    y = Mul(DequantizeLinear(Gather(codes, ids), 1, 128), Gather(scales, ids))
+
+and for graphs whose every tensor is of integers later (``integers``), where the runtime moves the Gather itself::
 
     y = Mul(Gather(DequantizeLinear(codes, 1, 128), ids), Gather(scales, ids))
 
@@ -13,6 +17,8 @@ A table that stays float32 keeps its Gather.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,8 +27,10 @@ from compress.graph.rules._edit import Weights, constant, drop, forget, node
 from compress.planning import Fate, Plan
 from compress.quantize.scheme import zero_code
 
+Spelling = Literal["fused", "standard", "integers"]
 
-def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, standard: bool = False) -> int:
+
+def apply(graph: ir.Graph, plan: Plan, weights: Weights, spelling: Spelling = "fused") -> int:
     """Replace every table of the plan; returns how many."""
     for table in plan.structure.tables:
         fate = plan.by_name[table.name]
@@ -36,8 +44,8 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, standard: bool = Fal
             gather.replace_input_with(0, weights.value(fate.stored[0]))
             forget(graph, old)
             continue
-        if standard:
-            _rows(graph, fate, weights, gather)
+        if spelling != "fused":
+            _rows(graph, fate, weights, gather, whole=spelling == "integers")
             continue
         output = ir.Value(name=gather.outputs[0].name)
         inputs = [weights.part(fate, "codes"), gather.inputs[1], weights.scales(fate, gather)]
@@ -61,30 +69,40 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, *, standard: bool = Fal
     return len(plan.structure.tables)
 
 
-def _rows(graph: ir.Graph, fate: Fate, weights: Weights, gather: ir.Node) -> None:
-    """Gather rows of bytes, and each row's scale.
+def _rows(graph: ir.Graph, fate: Fate, weights: Weights, gather: ir.Node, *, whole: bool) -> None:
+    """Gather rows of bytes, and each row's scale; ``whole`` makes floats of the table before rows are gathered.
 
     Raises:
         UsageError: A row has several scales, or zero points.
     """
     scheme, codes, scales = fate.scheme, fate.part("codes"), fate.part("scales")
     assert scheme is not None and codes is not None and scales is not None
-    if scheme.bits != 8 or scheme.block_size or not scheme.symmetric or scales.dtype != "float32":
+    if scheme.bits != 8 or scheme.block_size or not scheme.symmetric or (whole and scales.dtype != "float32"):
         raise UsageError(
             "a table of a graph in standard operators has symmetric bytes and one float32 scale a row",
             where=fate.name,
             hint="--set quantize.roles.embedding.bits=8 --set quantize.roles.embedding.block_size=0",
         )
     old, ids = gather.outputs[0], gather.inputs[1]
-    whole, rows, scale, output = (
-        ir.Value(name=f"{fate.name}/{part}", type=ir.TensorType(ir.DataType.FLOAT))
-        for part in ("whole", "rows", "row_scale", "output")
+    floats, integers = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.UINT8)
+    first, rows, scale, output = (
+        ir.Value(name=f"{fate.name}/{part}", type=kind)
+        for part, kind in (
+            ("whole" if whole else "codes", floats if whole else integers),
+            ("rows", floats),
+            ("row_scale", floats),
+            ("output", floats),
+        )
     )
     one = constant(graph, "table/one", np.array(1, np.float32))
     middle = constant(graph, "table/middle", np.array(zero_code(8), np.uint8))
-    node(graph, gather, "DequantizeLinear", [weights.value(codes), one, middle], [whole])
-    node(graph, gather, "Gather", [whole, ids], [rows], axis=0)
-    node(graph, gather, "Gather", [weights.value(scales), ids], [scale], axis=0)
+    if whole:
+        node(graph, gather, "DequantizeLinear", [weights.value(codes), one, middle], [first])
+        node(graph, gather, "Gather", [first, ids], [rows], axis=0)
+    else:
+        node(graph, gather, "Gather", [weights.value(codes), ids], [first], axis=0)
+        node(graph, gather, "DequantizeLinear", [first, one, middle], [rows])
+    node(graph, gather, "Gather", [weights.scales(fate, gather), ids], [scale], axis=0)
     node(graph, gather, "Mul", [rows, scale], [output])
     ir.convenience.replace_all_uses_with(old, output)
     drop(graph, [gather])

@@ -1,0 +1,71 @@
+"""The plan as a document: what ``compress plan --json`` prints and :func:`compress.plan` returns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.report.model import Allocation
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PeakMemory(_Strict):
+    """Predicted bytes of all processes together, by stage; ``export`` is the largest of those that make the files."""
+
+    graph: int
+    weights: int
+    calibration: int
+    export: int
+    validation: int
+
+
+class PlannedTensor(_Strict):
+    """A tensor's fate: how it would be stored (``int4 b32 sym``, ``float32``), by which algorithm, in how many bytes.
+
+    ``shape`` is rows and columns, of a vector its length. ``algorithm`` is ``None`` where nothing is quantized.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    storage: str
+    algorithm: str | None
+    bytes: int
+
+
+class PlanDocument(_Strict):
+    """What an export would do. Sizes in bytes; nothing here was measured, but for ``allocation``.
+
+    Attributes:
+        schema_version: 1.
+        model: The source's identifier.
+        model_type: Its config's ``model_type``.
+        task: What the graph would do (``text-generation``, ``embedding``, ...).
+        profile: The profile's name.
+        parameters: Weights, a tied table counted once.
+        bits_per_weight: Scales and zero points included.
+        source_bytes: The source's weights.
+        predicted_bytes: Graph and weights of the artifact.
+        predicted_peak_memory: By stage.
+        predicted_calibration_seconds: On this machine; ``None`` where nothing is calibrated.
+        tensors: Every tensor's fate.
+        allocation: How bits were chosen under a budget, by errors that were measured; ``None`` where roles decide.
+    """
+
+    schema_version: Literal[1]
+    model: str
+    model_type: str
+    task: str
+    profile: str
+    parameters: int
+    bits_per_weight: float
+    source_bytes: int
+    predicted_bytes: int
+    predicted_peak_memory: PeakMemory
+    predicted_calibration_seconds: float | None
+    tensors: tuple[PlannedTensor, ...]
+    allocation: Allocation | None = None
