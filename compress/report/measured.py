@@ -70,9 +70,7 @@ def readings(report: Report) -> list[Reading]:
         kl = drift.kl_divergence
         value, _, error = with_error(kl.mean, kl.standard_error).partition(" ± ")
         found.append(
-            Reading(
-                "KL divergence", value, "nats/token", f"± {error}, standard error" if error else "one window only"
-            )
+            Reading("KL divergence", value, "nats/token", f"± {error}, standard error" if error else "one window only")
         )
         note = f"of {drift.tokens:,} tokens, as the source's"
         found.append(Reading("Same top token", f"{drift.top1_agreement * 100:.1f}", "%", note))
