@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import pytest
 
 from compress import __version__
 from compress.cli import cli, run
+from compress.report.environment import environment
+from compress.report.model import Report
 from tiny_models import PLAIN_INT8
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
@@ -130,8 +133,13 @@ def test_the_verdict_decides_the_exit_code(
     verdict: str, fallback: list[str], code: int, status: str, capsys: Capture, tiny_model: Callable[[str], Path],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    state = "fell_back" if fallback else "ran"
-    report = {"verdict": {"status": verdict, "reasons": []}, "providers": [{"state": state}]}
+    judged: dict[str, Any] = {"status": verdict, "reasons": ["it is"] if verdict == "fail" else []}
+    provider = {
+        "provider": "cpu", "device": None, "evidence": "measured", "state": "fell_back" if fallback else "ran",
+        "verdict": judged,
+    }  # fmt: skip
+    made = {"verdict": judged, "size": {"artifact_bytes": 1}, "environment": environment(), "providers": [provider]}
+    report = Report.model_validate(made).model_dump(mode="json")
     monkeypatch.setattr("compress.proof.prove", lambda *arguments, **named: report)
     output = tmp_path / "artifact"
     text = succeed(
@@ -143,6 +151,10 @@ def test_the_verdict_decides_the_exit_code(
     # Outside its budget, the artifact stays and says so.
     assert json.loads((output / "manifest.json").read_text()) == document["manifest"]
     assert document["manifest"]["status"] == status
+    listed = {item["name"]: item["sha256"] for item in document["manifest"]["files"]}
+    for name in ("report.html", "README.md"):
+        content = (output / name).read_bytes()
+        assert verdict.upper().encode() in content and listed[name] == hashlib.sha256(content).hexdigest()
 
 
 def test_texts_and_labels_reach_the_export(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:

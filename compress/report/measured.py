@@ -70,9 +70,7 @@ def readings(report: Report) -> list[Reading]:
         kl = drift.kl_divergence
         value, _, error = with_error(kl.mean, kl.standard_error).partition(" ± ")
         found.append(
-            Reading(
-                "KL divergence", value, "nats a token", f"± {error}, standard error" if error else "one window only"
-            )
+            Reading("KL divergence", value, "nats/token", f"± {error}, standard error" if error else "one window only")
         )
         note = f"of {drift.tokens:,} tokens, as the source's"
         found.append(Reading("Same top token", f"{drift.top1_agreement * 100:.1f}", "%", note))
@@ -297,7 +295,7 @@ def _decoder_speed(speed: Speed) -> SpeedView:
             "Prefill, tokens a second", f"{count(speed.prompt_tokens, 'token')} of prompt", tuple(bars(prefill, OWN))
         ),
     )
-    head = ("", "Load", "Peak memory", "Artifact faster, decoding", "Artifact faster, prefill")
+    head = ("", "Load", "Peak memory", "Decoding, artifact ÷ this", "Prefill, artifact ÷ this")
     table = Table(f"What a run costs on {speed.provider}", head, tuple(rows))
     return SpeedView(title, speed.device, _conditions(speed), None, figures, (table,))
 
