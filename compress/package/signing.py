@@ -119,6 +119,9 @@ def verify_signature(artifact: Path, trust: Trust) -> str:
         else:
             config.use_certificate_verifier(certificate_chain=trust.certificate_chain)
     bundle = _bundle(_read(artifact / SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
+    if ("publicKey" in bundle["verificationMaterial"]) != (trust.public_key is not None):
+        kinds = ("a certificate", "a key") if trust.public_key is not None else ("a key", "a certificate")
+        raise CompressError(f"it was signed by {kinds[0]}, not by {kinds[1]}")
     with tempfile.TemporaryDirectory(prefix="compress-verify-") as work:
         # A copy: what is verified and what the signer's name is read from are the same.
         copy = Path(work) / SIGNATURE_NAME
@@ -196,7 +199,8 @@ def _covering(artifact: Path) -> Any:
             if others:
                 raise CompressError(f"the signature leaves out {others[0]}", hint=_RESIGN)
 
-    config = Covering().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
+    config = Covering()  # type: ignore[no-untyped-call]
+    config.use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
     return config.set_ignored_paths(paths=[SIGNATURE_NAME], ignore_git_paths=False)
 
 
