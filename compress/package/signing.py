@@ -226,7 +226,7 @@ def _explained(what: str, *, hint: str | None = None, usage: bool = False) -> It
     except Exception as error:  # noqa: BLE001 - see above
         first = (str(error).splitlines() or [""])[0]
         # The library prints digests as Python objects; which file they are of is what counts.
-        first = re.sub(r": Expected .*?(?=, \"|\]|$)", "", first)
+        first = re.sub(r"[][\"]", "", re.sub(r": Expected .*?(?=, \"|\]|$)", "", first))
         raise kind(f"{what}: {first or type(error).__name__}", hint=hint) from error
 
 
