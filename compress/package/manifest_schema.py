@@ -50,6 +50,8 @@ class Manifest(_Strict):
     measured_files: list[str] | None = None
     task: str | None = None
     fusions: dict[str, int] = Field(default_factory=dict)
+    targets: list[str] = Field(default_factory=list)
+    tensors: list[TensorRecord] = Field(default_factory=list)
     pruning: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None
