@@ -167,7 +167,7 @@ def inspect(artifact: AnyPath) -> dict[str, Any]:
         >>> document["operators"]["MatMulNBits"], document["inputs"][0]["name"]
         (13, 'input_ids')
     """
-    from compress.show import inspect_document
+    from compress.inspection import inspect_document
 
     return inspect_document(Path(artifact))
 

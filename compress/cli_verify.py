@@ -65,6 +65,7 @@ def sign(
     """
     from compress.errors import CompressError
     from compress.package import signing
+    from compress.package.manifest import SIGNATURE_NAME
     from compress.package.verify import printable
     from compress.package.verify import verify as check
 
@@ -82,5 +83,5 @@ def sign(
             hint="compress verify ARTIFACT tells all of it",
         )
     signing.sign(artifact, private_key, signing_certificate=signing_certificate, certificate_chain=certificate_chain)
-    click.echo(f"signed: {artifact / signing.SIGNATURE_NAME}")
+    click.echo(f"signed: {artifact / SIGNATURE_NAME}")
     return EXIT_OK

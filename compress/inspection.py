@@ -164,14 +164,14 @@ def _tensors(found: list[contents.Weight], known: Mapping[str, tuple[str, int | 
                 "operators": list(item.operators),
             }
         )
-    values = sum(item.values for item in found if item.kind != "constant")
-    size = sum(item["bytes"] for item in tensors)
+    counted = [item for item in found if item.kind != "constant"]
+    values, size = sum(item.values for item in counted), sum(item.bytes for item in counted)
     totals = {
         "tensors": len(tensors),
         "values": values,
         "bytes": size,
         "bits": round(8 * size / values, 3) if values else None,
-        "constants_bytes": sum(item["bytes"] for item in constants),
+        "constants_bytes": sum(item.bytes for item in found if item.kind == "constant"),
     }
     return {"tensors": tensors, "constants": constants, "totals": totals}
 

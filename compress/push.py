@@ -7,7 +7,7 @@ with write permission. Stale files of earlier commits are left where they are.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ _LARGE_PATTERNS = ("*.onnx", "*.bin", "*.ort", "*.safetensors", "*.gguf", "*.npz
 #: ... and so it does what is larger than this many bytes, and what is not text.
 _LARGE_FROM = 10_000_000
 _SAMPLE = 512
+#: The HTTP client's errors of the connection, by name: which client it is changes with huggingface_hub.
+_CONNECTION = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError", "RemoteProtocolError"}
 _MOST_MANIFEST = 64 << 20
 
 
@@ -205,9 +207,11 @@ def _check_arrived(api: HfApi, repo_id: str, commit: str, uploads: Sequence[Uplo
             )
 
 
-def _explain(error: Exception, repo_id: str) -> CompressError:
+def _explain(raised: Exception, repo_id: str) -> CompressError:
     from huggingface_hub import errors
 
+    # An upload's error comes wrapped into one that only names the file.
+    error = next((one for one in _chain(raised) if getattr(one, "response", None) is not None), raised)
     status = getattr(getattr(error, "response", None), "status_code", None)
     first = (str(getattr(error, "server_message", None) or error).strip() or type(error).__name__).splitlines()[0][:200]
     if isinstance(error, errors.RevisionNotFoundError):
@@ -236,16 +240,13 @@ def _explain(error: Exception, repo_id: str) -> CompressError:
         )
     if status is not None:
         return CompressError(f"the hub answered {status}: {first}", where=repo_id, hint="try again later")
-    if _no_connection(error):
+    if any(type(one).__name__ in _CONNECTION or isinstance(one, ConnectionError) for one in _chain(raised)):
         return CompressError(f"the hub cannot be reached: {first}", where=repo_id, hint="check the connection")
     return CompressError(f"the push failed: {first}", where=repo_id, hint="try again; what the hub has, it keeps")
 
 
-def _no_connection(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that led to it, is of the connection."""
-    names = ("ConnectError", "ConnectTimeout", "ReadTimeout", "WriteError", "ReadError", "RemoteProtocolError")
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that led to it."""
     while error is not None:
-        if type(error).__name__ in names or isinstance(error, ConnectionError | TimeoutError):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False

@@ -236,6 +236,9 @@ def test_the_report_shows_the_chain(
     again = Report.model_validate(made).pruning
     assert again is not None and again.chain[:2] == chain.chain[:2]
     assert again.chain[2].drift == quantized.drift
+    # So does how weights are stored, which the manifest keeps; texts are written again.
+    assert made["tensors"] == result.report["tensors"] == result.manifest["tensors"] and len(made["tensors"]) > 10
+    assert made["samples"] == result.report["samples"] and len(made["samples"]) == 4 and made["created"]
 
 
 def test_a_trimmed_artifact_is_compared_with_the_tokens_that_are_left(
@@ -259,6 +262,7 @@ def test_a_trimmed_artifact_is_compared_with_the_tokens_that_are_left(
         stages=Stages(),
     )
     assert code == 0 and made["drift"]["kl_divergence"]["mean"] < 1e-6
+    assert [sample["first_difference"] for sample in made["samples"]] == [None] * 4, "ids are not the trimmed ones"
     np.save(output / "kept_ids.npy", np.array([5, 3], np.int64))
     with pytest.raises(CompressError, match="no list of kept token ids"):
         proof.validate_artifact(

@@ -113,7 +113,7 @@ def with_head_size(artifact: Artifact) -> Iterator[Artifact]:
         CompressError: The file is no ONNX graph.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(str(artifact.model), load_external_data=False)

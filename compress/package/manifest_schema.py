@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from compress.errors import CompressError
 from compress.package.manifest import NAME
+from compress.report.model import TensorRecord
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -50,6 +51,8 @@ class Manifest(_Strict):
     measured_files: list[str] | None = None
     task: str | None = None
     fusions: dict[str, int] = Field(default_factory=dict)
+    targets: list[str] = Field(default_factory=list)
+    tensors: list[TensorRecord] = Field(default_factory=list)
     pruning: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None

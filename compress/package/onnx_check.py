@@ -137,10 +137,10 @@ def _nbytes(tensor: onnx.TensorProto) -> int | None:
     except ValueError:
         return None
     digits = kind.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    bits = _BITS.get(kind) or (int(digits) if digits.isdigit() else None)
+    bits: int | None = _BITS.get(kind) or (int(digits) if digits.isdigit() else None)
     if bits is None or any(size < 0 for size in tensor.dims):
         return None
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    return (math.prod(map(int, tensor.dims)) * bits + 7) // 8
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -119,6 +119,9 @@ def verify_signature(artifact: Path, trust: Trust) -> str:
         else:
             config.use_certificate_verifier(certificate_chain=trust.certificate_chain)
     bundle = _bundle(_read(artifact / SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
+    if ("publicKey" in bundle["verificationMaterial"]) != (trust.public_key is not None):
+        kinds = ("a certificate", "a key") if trust.public_key is not None else ("a key", "a certificate")
+        raise CompressError(f"it was signed by {kinds[0]}, not by {kinds[1]}")
     with tempfile.TemporaryDirectory(prefix="compress-verify-") as work:
         # A copy: what is verified and what the signer's name is read from are the same.
         copy = Path(work) / SIGNATURE_NAME
@@ -196,7 +199,8 @@ def _covering(artifact: Path) -> Any:
             if others:
                 raise CompressError(f"the signature leaves out {others[0]}", hint=_RESIGN)
 
-    config = Covering().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
+    config = Covering()  # type: ignore[no-untyped-call]
+    config.use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
     return config.set_ignored_paths(paths=[SIGNATURE_NAME], ignore_git_paths=False)
 
 
@@ -222,7 +226,7 @@ def _explained(what: str, *, hint: str | None = None, usage: bool = False) -> It
     except Exception as error:  # noqa: BLE001 - see above
         first = (str(error).splitlines() or [""])[0]
         # The library prints digests as Python objects; which file they are of is what counts.
-        first = re.sub(r": Expected .*?(?=, \"|\]|$)", "", first)
+        first = re.sub(r"[][\"]", "", re.sub(r": Expected .*?(?=, \"|\]|$)", "", first))
         raise kind(f"{what}: {first or type(error).__name__}", hint=hint) from error
 
 

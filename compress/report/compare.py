@@ -15,56 +15,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from compress.report.compare_model import (
-    Comparison,
-    Difference,
-    FileChange,
-    Judgement,
-    Measure,
-    Side,
-    TensorChange,
-)
-from compress.report.model import (
-    AnyDrift,
-    AnySpeed,
-    DecoderDrift,
-    EncoderDrift,
-    EncoderSpeed,
-    Environment,
-    Report,
-    Speed,
-    TaskAccuracy,
-)
+from compress.report.compare_measures import measures
+from compress.report.compare_model import Comparison, Difference, FileChange, Measure, Side, TensorChange
+from compress.report.model import Report
 
-#: Standard errors of the difference that it must exceed.
-ERRORS = 2.0
-#: Half the width of a 95 % interval, in standard errors.
-_HALF_INTERVAL = 1.96
-_Better = Literal["lower", "higher"]
+_PARTS: tuple[tuple[str, Callable[[Side], bool], str], ...] = (
+    ("drift", lambda side: side.report is not None and side.report.drift is not None, "no measured drift"),
+    ("speed", lambda side: side.report is not None and bool(side.report.speed), "no measured speed"),
+    ("tensors", lambda side: bool(side.tensors or side.graph_tensors), "no list of tensors"),
+    ("files", lambda side: bool(side.files), "no manifest"),
+)
 
 
 def compare(a: Side, b: Side) -> Comparison:
     """Return how B differs from A."""
-    measures = (_size(a, b), *_drift(a.report, b.report), *_speed(a.report, b.report))
+    found = measures(a, b)
     tensors_from, tensors, same = _tensors(a, b)
     return Comparison(
         a=a.summary(),
         b=b.summary(),
         differences=tuple(_differences(a, b)),
-        measures=measures,
+        measures=found,
         tensors_from=tensors_from,
         tensors=tensors,
         tensors_same=same,
         files=_files(a, b),
         not_compared=_not_compared(a, b),
-        worse=tuple(_worse(a.report, b.report, measures)),
+        worse=tuple(_worse(a.report, b.report, found)),
     )
 
 
-def _worse(a: Report | None, b: Report | None, measures: Sequence[Measure]) -> Iterator[str]:
+def _worse(a: Report | None, b: Report | None, found: Sequence[Measure]) -> Iterator[str]:
     if a is not None and b is not None and (a.verdict.status, b.verdict.status) == ("pass", "fail"):
         yield f"verdict: A passed, B failed ({'; '.join(b.verdict.reasons)})"
-    for item in measures:
+    for item in found:
         if item.judgement == "worse":
             yield f"{item.name}: {item.shown_a} in A, {item.shown_b} in B"
 
@@ -72,12 +56,7 @@ def _worse(a: Report | None, b: Report | None, measures: Sequence[Measure]) -> I
 def _not_compared(a: Side, b: Side) -> dict[str, str]:
     """Return what is missing on a side, by what would have been compared."""
     missing = {}
-    for key, found, what in (
-        ("drift", lambda side: side.report is not None and side.report.drift is not None, "no measured drift"),
-        ("speed", lambda side: side.report is not None and bool(side.report.speed), "no measured speed"),
-        ("tensors", lambda side: bool(side.tensors or side.graph_tensors), "no list of tensors"),
-        ("files", lambda side: bool(side.files), "no manifest"),
-    ):
+    for key, found, what in _PARTS:
         without = [name for name, side in (("A", a), ("B", b)) if not found(side)]
         if without:
             missing[key] = f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} {what}"
@@ -122,275 +101,6 @@ def _nested(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator
             yield from _nested(f"{prefix}{key}.", one, other)
         else:
             yield from _difference(f"{prefix}{key}", one, other)
-
-
-# -------------------------------------------------------------------------------------------------------- measures
-
-
-def _judge(a: float, b: float, margin: float, better: _Better) -> Judgement:
-    change = b - a if better == "lower" else a - b
-    if a == b:
-        return "same"
-    return "worse" if change > margin else "better" if -change > margin else "within the errors"
-
-
-def _measure(
-    name: str,
-    unit: str,
-    a: float | None,
-    b: float | None,
-    *,
-    better: _Better,
-    errors: tuple[float | None, float | None] | None = None,
-    spread: Callable[[], Judgement] | None = None,
-    apart: str | None = None,
-) -> Iterator[Measure]:
-    """Yield a measure that a side has; ``apart`` says why the two cannot be compared."""
-    if a is None and b is None:
-        return
-    found: dict[str, Any] = {"name": name, "unit": unit, "a": a, "b": b, "better": better}
-    if errors is not None:
-        found |= {"a_error": errors[0], "b_error": errors[1]}
-    if a is None or b is None:
-        apart = f"{'A' if a is None else 'B'} has no such measure"
-    if apart is not None or a is None or b is None:
-        yield Measure(**found, judgement="not comparable", why=apart)
-        return
-    found |= {"change": b - a, "ratio": b / a if a > 0 and b >= 0 else None}
-    if spread is not None:
-        yield Measure(**found, judgement=spread())
-    elif errors is None or errors[0] is None or errors[1] is None:
-        yield Measure(**found, judgement="not judged", why="it has no standard error")
-    else:
-        margin = ERRORS * float(errors[0] ** 2 + errors[1] ** 2) ** 0.5
-        yield Measure(**found, judgement=_judge(a, b, margin, better))
-
-
-def _size(a: Side, b: Side) -> Measure:
-    (made,) = _measure(
-        "size",
-        "bytes",
-        a.artifact_bytes,
-        b.artifact_bytes,
-        better="lower",
-        spread=lambda: _judge(a.artifact_bytes, b.artifact_bytes, 0, "lower"),
-    )
-    return made
-
-
-def _drift(one: Report | None, other: Report | None) -> Iterator[Measure]:
-    a, b = (None if side is None else side.drift for side in (one, other))
-    if a is None or b is None:
-        return
-    assert one is not None and other is not None
-    apart = _drift_apart(one, other, a, b)
-    if isinstance(a, DecoderDrift) and isinstance(b, DecoderDrift):
-        yield from _decoder_drift(a, b, apart)
-    elif isinstance(a, EncoderDrift) and isinstance(b, EncoderDrift):
-        yield from _encoder_drift(a, b, apart)
-
-
-def _drift_apart(one: Report, other: Report, a: AnyDrift, b: AnyDrift) -> str | None:
-    """Return in words why two drifts are of different things."""
-    reasons = []
-    if one.source is not None and other.source is not None:
-        origin, theirs = ((s.identifier, s.revision, s.adapter) for s in (one.source, other.source))
-        if origin != theirs:
-            reasons.append("the sources differ")
-    if a.eval_text.sha256 != b.eval_text.sha256:
-        reasons.append(f"the evaluation texts differ ({a.eval_text.name}, {b.eval_text.name})")
-    elif a.tokens != b.tokens:
-        reasons.append(f"{a.tokens} and {b.tokens} tokens of the text were measured")
-    for key, what in (("provider", "providers"), ("reference", "references"), ("max_length", "longest texts")):
-        mine, yours = getattr(a, key, None), getattr(b, key, None)
-        if mine != yours:
-            reasons.append(f"the {what} differ ({mine}, {yours})")
-    return "; ".join(reasons) or None
-
-
-def _decoder_drift(a: DecoderDrift, b: DecoderDrift, apart: str | None) -> Iterator[Measure]:
-    kl, ratio = (a.kl_divergence, b.kl_divergence), (a.perplexity_ratio, b.perplexity_ratio)
-    yield from _measure(
-        "KL divergence",
-        "nats a token",
-        kl[0].mean,
-        kl[1].mean,
-        better="lower",
-        errors=(kl[0].standard_error, kl[1].standard_error),
-        apart=apart,
-    )
-    yield from _measure(
-        "perplexity ratio",
-        "",
-        ratio[0].value,
-        ratio[1].value,
-        better="lower",
-        errors=(ratio[0].standard_error, ratio[1].standard_error),
-        apart=apart,
-    )
-    yield from _measure("KL divergence, p99", "nats a token", kl[0].p99, kl[1].p99, better="lower", apart=apart)
-    yield from _measure("top-1 agreement", "share", a.top1_agreement, b.top1_agreement, better="higher", apart=apart)
-    yield from _measure(
-        "KL divergence, decoding",
-        "nats a token",
-        a.decode.kl_mean if a.decode else None,
-        b.decode.kl_mean if b.decode else None,
-        better="lower",
-        apart=apart,
-    )
-
-
-def _encoder_drift(a: EncoderDrift, b: EncoderDrift, apart: str | None) -> Iterator[Measure]:
-    if a.task != b.task:
-        apart = f"the tasks differ ({a.task}, {b.task})"
-    rows: tuple[tuple[str, str, _Better, Callable[[EncoderDrift], tuple[float | None, float | None]]], ...] = (
-        ("cosine", "", "higher", lambda d: (d.cosine.mean, d.cosine.standard_error) if d.cosine else (None, None)),
-        ("worst cosine", "", "higher", lambda d: (d.cosine.min if d.cosine else None, None)),
-        ("same neighbour", "share", "higher", lambda d: (d.neighbour_agreement, d.neighbour_agreement_error)),
-        ("same label", "share", "higher", lambda d: (d.label_agreement, d.label_agreement_error)),
-        (
-            "KL divergence",
-            "nats",
-            "lower",
-            lambda d: (d.kl_divergence.mean, d.kl_divergence.standard_error) if d.kl_divergence else (None, None),
-        ),
-        ("largest change of a score", "", "lower", lambda d: (d.logit_max_abs, None)),
-    )
-    for name, unit, better, get in rows:
-        (one, error), (other, other_error) = get(a), get(b)
-        yield from _measure(name, unit, one, other, better=better, errors=(error, other_error), apart=apart)
-    yield from _accuracy(a.task_accuracy, b.task_accuracy, apart)
-
-
-def _accuracy(a: TaskAccuracy | None, b: TaskAccuracy | None, apart: str | None) -> Iterator[Measure]:
-    if a is None and b is None:
-        return
-    if (
-        a is not None
-        and b is not None
-        and (a.labels.sha256, a.metric, a.max_length)
-        != (
-            b.labels.sha256,
-            b.metric,
-            b.max_length,
-        )
-    ):
-        apart = "the labelled examples, the metric or the longest text differ"
-    errors = tuple(
-        None if item is None else (item.interval[1] - item.interval[0]) / 2 / _HALF_INTERVAL for item in (a, b)
-    )
-    yield from _measure(
-        f"{(a or b).metric.replace('_', ' ')} against the source",  # type: ignore[union-attr]
-        "difference",
-        a.difference if a else None,
-        b.difference if b else None,
-        better="higher",
-        errors=(errors[0], errors[1]),
-        apart=apart,
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------- speed
-
-
-def _speed(one: Report | None, other: Report | None) -> Iterator[Measure]:
-    if one is None or other is None:
-        return
-    theirs = {item.provider: item for item in other.speed}
-    for a in one.speed:
-        b = theirs.pop(a.provider, None)
-        if b is not None and type(a) is type(b):
-            yield from _pair(a, b, _speed_apart(one.environment, other.environment, a, b))
-        elif b is None:
-            yield from _alone(a, "A", one.environment)
-    for b in theirs.values():
-        yield from _alone(b, "B", other.environment)
-
-
-def _alone(speed: AnySpeed, side: str, environment: Environment) -> Iterator[Measure]:
-    """Yield the speed on a provider that only one side was timed on, as what cannot be compared."""
-    value = speed.decode_tokens_per_second.median if isinstance(speed, Speed) else speed.latency_ms.p50
-    name, unit = ("decode", "tokens/s") if isinstance(speed, Speed) else ("latency", "ms")
-    yield from _measure(
-        f"{name} on {speed.provider}",
-        unit,
-        value if side == "A" else None,
-        value if side == "B" else None,
-        better="higher" if isinstance(speed, Speed) else "lower",
-    )
-
-
-def _speed_apart(one: Environment, other: Environment, a: AnySpeed, b: AnySpeed) -> str | None:
-    """Return in words why two speeds are of different things: machine, threads, work, or no hardware at all."""
-    reasons = []
-    for key, what in (("cpu", "processors"), ("cores", "numbers of cores"), ("architecture", "architectures")):
-        mine, yours = getattr(one, key), getattr(other, key)
-        if mine != yours:
-            reasons.append(f"the {what} differ ({mine}, {yours})")
-    keys = ("device", "threads", "prompt_tokens", "new_tokens", "evidence")
-    for key in keys:
-        mine, yours = getattr(a, key, None), getattr(b, key, None)
-        if mine != yours:
-            reasons.append(f"{key.replace('_', ' ')} differ ({mine}, {yours})")
-    if a.evidence != "measured" and a.evidence == b.evidence:
-        reasons.append(f"times that are {a.evidence} say nothing of speed")
-    return "; ".join(reasons) or None
-
-
-def _pair(a: AnySpeed, b: AnySpeed, apart: str | None) -> Iterator[Measure]:
-    on = f" on {a.provider}"
-    if isinstance(a, Speed) and isinstance(b, Speed):
-        mine, yours = a.decode_tokens_per_second, b.decode_tokens_per_second
-        yield from _measure(
-            f"decode{on}",
-            "tokens/s",
-            mine.median,
-            yours.median,
-            better="higher",
-            spread=lambda: _apart_by_spread((mine.p10, mine.p90), (yours.p10, yours.p90), "higher"),
-            apart=apart,
-        )
-        yield from _measure(
-            f"prefill{on}",
-            "tokens/s",
-            a.prefill_tokens_per_second,
-            b.prefill_tokens_per_second,
-            better="higher",
-            apart=apart,
-        )
-    elif isinstance(a, EncoderSpeed) and isinstance(b, EncoderSpeed):
-        yield from _latencies(a, b, on, apart)
-    yield from _measure(f"load{on}", "s", a.load_seconds, b.load_seconds, better="lower", apart=apart)
-    yield from _measure(f"peak memory{on}", "bytes", a.peak_rss_bytes, b.peak_rss_bytes, better="lower", apart=apart)
-
-
-def _latencies(a: EncoderSpeed, b: EncoderSpeed, on: str, apart: str | None) -> Iterator[Measure]:
-    others = {(point.batch, point.length): point.latency_ms for point in b.points}
-    for point in a.points:
-        mine, yours = point.latency_ms, others.get((point.batch, point.length))
-        if yours is None:
-            continue
-        judged = _apart_by_spread((mine.p50, mine.p95), (yours.p50, yours.p95), "lower")
-        yield from _measure(
-            f"latency{on}, {point.batch} x {point.length}",
-            "ms",
-            mine.p50,
-            yours.p50,
-            better="lower",
-            spread=lambda judged=judged: judged,  # type: ignore[misc]
-            apart=apart,
-        )
-
-
-def _apart_by_spread(a: tuple[float, float], b: tuple[float, float], better: _Better) -> Judgement:
-    """Judge by two spreads ``(low, high)``: only where they do not touch does one side win."""
-    if a == b:
-        return "same"
-    if b[1] < a[0]:
-        return "worse" if better == "higher" else "better"
-    if a[1] < b[0]:
-        return "better" if better == "higher" else "worse"
-    return "within the errors"
 
 
 # ----------------------------------------------------------------------------------------------- tensors and files

@@ -47,9 +47,10 @@ def dumps(report: Report) -> bytes:
     suite.add_testcases(list(cases(report)))
     document = JUnitXml(_legal(name))
     document.add_testsuite(suite)
-    document.update_statistics()
+    document.update_statistics()  # type: ignore[no-untyped-call]
     suite.time = document.time = round(sum(stage.seconds for stage in report.stages), 3)
-    return b"<?xml version='1.0' encoding='utf-8'?>\n" + bytes(document.tostring()) + b"\n"
+    content: bytes = document.tostring()  # type: ignore[no-untyped-call]
+    return b"<?xml version='1.0' encoding='utf-8'?>\n" + content + b"\n"
 
 
 def cases(report: Report) -> Iterator[TestCase]:
