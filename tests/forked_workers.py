@@ -5,7 +5,8 @@ What differs is that its imports are there. Tests of the protocol, of determinis
 tests start real ones (the fixture ``real_workers``).
 
 As a program, ``python forked_workers.py PARENT``, it is that process: a line of JSON in on standard input (``module``,
-``job``, ``environment``, ``place`` to run in), the new process's number out; when a worker has ended, ``JOB/ended`` has its exit status.
+``job``, ``environment``, ``place`` to run in),
+the new process's number out; when a worker has ended, ``JOB/ended`` has its exit status.
 """
 
 from __future__ import annotations
