@@ -6,6 +6,8 @@ What was not measured has no row, or says so with the reason.
 from __future__ import annotations
 
 import base64
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,15 +137,22 @@ def far(drift: AnyDrift) -> str:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What one side writes from the first difference on: the first word of it, and the rest."""
+
+    first: str
+    rest: str
+
+
+@dataclass(frozen=True)
 class SampleView:
-    """A sample: what both sides write alike, and how each goes on; ``note`` says where they part, in words."""
+    """A sample: what both sides write alike, and how each goes on, ``None`` where they never part; ``note`` says it."""
 
     prompt: str
     chat: bool
     common: str
-    source: str
-    artifact: str
-    same: bool
+    source: Written | None
+    artifact: Written | None
     note: str
 
 
@@ -155,18 +164,36 @@ def samples(found: Iterable[Sample]) -> list[SampleView]:
 def _sample(item: Sample) -> SampleView:
     if item.first_difference is None:
         note = f"the artifact writes what the source writes, {item.tokens} new tokens at most"
-        return SampleView(item.prompt, item.chat, item.artifact, "", "", True, note)
-    alike = item.first_difference
-    note = f"alike for {count(alike, 'token')} of at most {item.tokens}, then different"
+        return SampleView(item.prompt, item.chat, item.artifact, None, None, note)
+    alike = count(item.first_difference, "token")
+    note = (
+        f"alike for {alike} of at most {item.tokens}, then different"
+        if item.first_difference
+        else (f"different from the first of at most {item.tokens} tokens")
+    )
     if not item.source_complete:
         note += "; the source was only asked for the next token there"
-    length = 0
-    for left, right in zip(item.source, item.artifact, strict=False):
-        if left != right:
-            break
-        length += 1
-    tail = item.source[length:] + ("" if item.source_complete else " …")
-    return SampleView(item.prompt, item.chat, item.source[:length], tail, item.artifact[length:], False, note)
+    length = _alike(item.source, item.artifact)
+    source, artifact = _first_word(item.source[length:]), _first_word(item.artifact[length:])
+    if not item.source_complete:
+        source = Written(source.first, source.rest + " …")
+    return SampleView(item.prompt, item.chat, item.source[:length], source, artifact, note)
+
+
+def _alike(left: str, right: str) -> int:
+    """Return how many characters two texts begin with alike, no part of a word counted."""
+    length = len(os.path.commonprefix([left, right]))
+    inside = (text[length : length + 1].isalnum() for text in (left, right))
+    if any(inside):
+        while length and left[length - 1].isalnum():
+            length -= 1
+    return length
+
+
+def _first_word(text: str) -> Written:
+    found = re.match(r"\s*\S*", text)
+    end = found.end() if found else 0
+    return Written(text[:end], text[end:])
 
 
 def tensor_table(tensors: Sequence[TensorRecord]) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
-GENAI, WEB_KEY = "genai_config.json", "transformers.js_config"
+GENAI, ORT, WEB_KEY = "genai_config.json", "model.ort", "transformers.js_config"
 _NEW_LENGTH = 256
 
 _GENAI = """\
@@ -56,6 +56,27 @@ env.allowRemoteModels = false;
 const run = await pipeline("{task}", "model"{options});
 console.log(await run({argument}));
 """
+_OPTIMUM = """\
+from optimum.onnxruntime import {name}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {name}.from_pretrained(".")
+encoded = tokenizer("The three colours are", return_tensors="pt")
+{call}
+"""
+_OPTIMUM_CLASSES = {
+    "text-generation": "ORTModelForCausalLM",
+    "embedding": "ORTModelForFeatureExtraction",
+    "text-classification": "ORTModelForSequenceClassification",
+    "token-classification": "ORTModelForTokenClassification",
+    "fill-mask": "ORTModelForMaskedLM",
+}
+_OPTIMUM_CALLS = {
+    "text-generation": """\
+inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32, do_sample=False)[0]))""",
+}
 #: The text that a task's example gives a pipeline.
 _ARGUMENTS = {
     "text-generation": '[{ role: "user", content: "Name three colours." }], { max_new_tokens: 32 }',
@@ -91,6 +112,13 @@ def snippets(directory: Path, record: Mapping[str, Any]) -> list[Snippet]:
     web = _web(directory, task)
     if web is not None:
         found.append(web)
+    if "optimum" in (record.get("targets") or ()) and task in _OPTIMUM_CLASSES:
+        code = _OPTIMUM.format(name=_OPTIMUM_CLASSES[task], call=_OPTIMUM_CALLS.get(task, "print(model(**encoded))"))
+        found.append(Snippet("optimum", "pip install optimum-onnx[onnxruntime]", "python", code))
+    if (directory / ORT).is_file():
+        opened = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{ORT}")\n'
+        opened += "print([item.name for item in session.get_inputs()])\n"
+        found.append(Snippet("ONNX Runtime Mobile's format", "pip install onnxruntime", "python", opened))
     if task == "text-generation":
         command = 'compress generate . "Name three colours."\n'
         found.append(Snippet("Try it with compress", "pip install compress-slm", "sh", command))

@@ -17,7 +17,7 @@ import full_reports
 import pytest
 from pages import Page
 
-from compress.report import figures, html, limits, reproduce, wording
+from compress.report import figures, html, limits, reproduce, sheet, wording
 from compress.report import json as report_json
 from compress.report.model import Histogram, Report, TensorRecord
 
@@ -290,5 +290,21 @@ def test_no_more_digits_than_were_measured(value: float, error: float | None, te
 
 def test_where_the_samples_part_is_marked() -> None:
     source = page(full_reports.DECODER)
-    assert "rocks and <mark>shows them" in source and "rocks and <mark>helps sailors" in source
+    assert "rocks and <mark>shows</mark> them" in source and "rocks and <mark>helps</mark> sailors" in source
+    assert "values) / <mark>len</mark> …" in source, "the source was only asked for the next token"
     assert source.count("<mark>") == 4, "two samples differ, on both sides"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "alike"),
+    [
+        ("to consider", "to check", "to "),
+        ("sum / len", "sum / float", "sum / "),
+        ("a, b", "a; b", "a"),
+        ("same", "same and more", "same"),
+        ("cat", "cats", ""),
+        ("", "x", ""),
+    ],
+)
+def test_texts_part_at_a_word(left: str, right: str, alike: str) -> None:
+    assert left[: sheet._alike(left, right)] == alike == right[: sheet._alike(right, left)]

@@ -24,6 +24,7 @@ import pytest
 from compress import pipeline
 from compress.profile import load_profile
 from compress.progress import Stages
+from compress.report.snippets import snippets
 from plain_decoder import PlainDecoder
 from tiny_models import FAMILIES, VOCABULARY
 
@@ -291,3 +292,35 @@ def test_a_page_runs_it_on_wasm(minilm: Path, tmp_path: Path) -> None:
     # wasm's kernels round in another order, and a rounded input that changes by one changes all behind it.
     found = cosines(np.array(posted[0]["embeddings"]), embeddings(minilm, SENTENCES))
     assert found.min() >= 0.999, found
+
+
+def examples(artifact: Path, language: str, title: str) -> str:
+    record = json.loads((artifact / "manifest.json").read_text())
+    return next(
+        item.code for item in snippets(artifact, record) if item.language == language and item.title.startswith(title)
+    )
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_the_cards_javascript_runs(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    missing = runtimes.javascript_missing()
+    if missing:
+        pytest.skip(missing)
+    code = examples(request.getfixturevalue(name), "js", "transformers.js")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model").symlink_to(request.getfixturevalue(name))
+    (tmp_path / "node_modules").symlink_to(runtimes.javascript_folder() / "node_modules")
+    (tmp_path / "card.mjs").write_text(code)
+    done = subprocess.run(["node", "card.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("generated_text" if name == "smollm2" else "384") in done.stdout
+
+
+def test_the_cards_example_runs_in_optimum(smollm2: Path) -> None:
+    if not runtimes.OPTIMUM.installed:
+        pytest.skip("make test-runtimes installs optimum")
+    command = [str(runtimes.OPTIMUM.python), "-c", examples(smollm2, "python", "optimum")]
+    offline = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=smollm2, capture_output=True, text=True, timeout=600, check=False, env=offline)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().startswith("The three colours are") and len(done.stdout) > 40
