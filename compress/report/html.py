@@ -19,7 +19,7 @@ from compress.report.figures import heat_strip
 from compress.report.limits import limits
 from compress.report.model import Report
 from compress.report.reproduce import reproduction
-from compress.report.wording import visible
+from compress.report.wording import moment, visible
 
 NAME = "report.html"
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -66,6 +66,7 @@ def _context(report: Report, record: Mapping[str, Any] | None) -> dict[str, Any]
     drift, allocation, pruning, tensors = report.drift, report.allocation, report.pruning, report.tensors
     return {
         "report": report,
+        "created": moment(report.created) if report.created else "",
         "word": "PASS" if passed else "FAIL",
         "passed": passed,
         "model": report.source.identifier if report.source else "unknown model",

@@ -101,3 +101,9 @@ def seconds(value: float) -> str:
 def count(number: int, one: str, many: str | None = None) -> str:
     """Return a number with its noun."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def moment(told: str) -> str:
+    """Return an ISO 8601 time in UTC to the minute, anything else as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(?:Z|\+00:00)", told, re.ASCII)
+    return f"{found[1]} {found[2]} UTC" if found else told

@@ -106,7 +106,7 @@ def test_every_text_of_the_report_is_on_the_page(name: str) -> None:
                 "time is not measured where the run is simulated", "simulator stood in for the device",
                 "alike for 9 tokens of at most 32", "8.3 bits, error 0.61%", "int8 b32 sym", "4.97×", "12.5 s",
                 "skip_layer_norm", "25.4% of the evaluation text is in the calibration text", "abc123", "mean 0.412",
-                "p99 2.50", "297 in the highest column", "2026-05-04T03:02:01Z", "intermediate size", "1,536",
+                "p99 2.50", "297 in the highest column", "2026-05-04 03:02 UTC", "intermediate size", "1,536",
             ),
         ),
         (
@@ -308,3 +308,16 @@ def test_where_the_samples_part_is_marked() -> None:
 )
 def test_texts_part_at_a_word(left: str, right: str, alike: str) -> None:
     assert left[: sheet._alike(left, right)] == alike == right[: sheet._alike(right, left)]
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("2026-05-04T03:02:01Z", "2026-05-04 03:02 UTC"),
+        ("2026-05-04T03:02:01+00:00", "2026-05-04 03:02 UTC"),
+        ("2026-05-04T03:02:01+02:00", "2026-05-04T03:02:01+02:00"),
+        ("yesterday", "yesterday"),
+    ],
+)
+def test_a_time_is_shown_to_the_minute_where_it_is_one(told: str, shown: str) -> None:
+    assert wording.moment(told) == shown
