@@ -1,4 +1,4 @@
-"""Uploads an artifact to the Hugging Face hub as one commit: the files its manifest lists, and nothing beside them.
+"""Uploads an artifact to the Hugging Face hub as one commit: what its manifest lists, its signature, nothing else.
 
 Requires an artifact whose digests match; ensures that the repository then has every file at its size. Needs a token
 with write permission. Stale files of earlier commits are left where they are.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
 from compress.package import manifest
+from compress.package.verify import printable, verify
 from compress.source.hub import HUB_ID
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _LARGE_FROM = 10_000_000
 _SAMPLE = 512
 #: The HTTP client's errors of the connection, by name: which client it is changes with huggingface_hub.
 _CONNECTION = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError", "RemoteProtocolError"}
-_MOST_MANIFEST = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,33 @@ class Upload:
 
 
 def verified(directory: Path) -> dict[str, Any]:
-    """Read the manifest and compare the digest of every file that it lists.
+    """Return the manifest of an artifact that is what it says; files that it does not list stay here, and may be there.
 
     Raises:
-        CompressError: There is no manifest, a name in it leads outside the directory, or a file is missing or differs.
+        CompressError: There is no manifest, or something is missing, changed, a link, or leads outside.
     """
-    path = directory / manifest.NAME
-    if path.is_file() and path.stat().st_size > _MOST_MANIFEST:
-        raise CompressError("manifest.json is damaged: it is far too large", where=str(path))
     record = manifest.read_manifest(directory)
-    for item in record["files"]:
-        name = item.get("name") if isinstance(item, dict) else None
-        if not isinstance(name, str) or not _inside(name):
-            raise CompressError(f"manifest.json is damaged: {name!r} is no file of the artifact", where=str(path))
-        file = directory / name
-        # A link would be followed, and what it points to be published.
-        if any(part.is_symlink() for part in (file, *file.parents) if part != directory and directory in part.parents):
-            raise CompressError("a link is no file of an artifact", where=str(file))
-        if not file.is_file():
-            raise CompressError("a file of the manifest is missing", where=str(file))
-        if file.stat().st_size != item.get("size") or manifest.digest(file) != item.get("sha256"):
-            raise CompressError(
-                "a file is not the one that the manifest lists: it was changed after the export",
-                where=str(file),
-                hint="export again; `compress validate` renews the manifest where the change is meant",
-            )
+    problems = [problem for problem in verify(directory).problems if problem.kind != "extra"]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CompressError(
+            printable(f"the artifact is not what its manifest says: {problems[0].file}: {problems[0].message}{more}"),
+            where=str(directory),
+            hint="compress verify says all; export again, or compress validate where the change is meant",
+        )
+    # `compress validate` lists what it finds: what an editor or a shell left there must not be published with it.
+    hidden = next((item["name"] for item in record["files"] if f"/{item['name']}".count("/.")), None)
+    if hidden is not None:
+        raise CompressError(
+            f"the manifest lists a hidden file, {hidden}, which no export makes",
+            where=str(directory),
+            hint="remove it, and renew the manifest with compress validate",
+        )
     return record
 
 
-def _inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
-
-
 def planned(directory: Path, *, allow_rejected: bool) -> list[Upload]:
-    """Return what a push sends, the manifest last.
+    """Return what a push sends: the manifest's files, a signature where there is one, the manifest.
 
     Raises:
         CompressError: The artifact does not match its manifest.
@@ -90,7 +82,8 @@ def planned(directory: Path, *, allow_rejected: bool) -> list[Upload]:
             hint="compress validate measures it; --allow-rejected pushes it all the same",
         )
     names = [(item["name"], item["sha256"]) for item in record["files"]]
-    names.append((manifest.NAME, manifest.digest(directory / manifest.NAME)))
+    beside = [name for name in (manifest.SIGNATURE_NAME, manifest.NAME) if (directory / name).is_file()]
+    names += [(name, manifest.digest(directory / name)) for name in beside]
     return [Upload(name, (directory / name).stat().st_size, sha256, _large(directory / name)) for name, sha256 in names]
 
 

@@ -5,7 +5,8 @@ What differs is that its imports are there. Tests of the protocol, of determinis
 tests start real ones (the fixture ``real_workers``).
 
 As a program, ``python forked_workers.py PARENT``, it is that process: a line of JSON in on standard input (``module``,
-``job``, ``environment``), the new process's number out; when a worker has ended, ``JOB/ended`` has its exit status.
+``job``, ``environment``, ``place`` to run in),
+the new process's number out; when a worker has ended, ``JOB/ended`` has its exit status.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Starter:
             return subprocess.Popen(command, env=env, **how)
         self.forked.append(command[3])
         job = Path(command[4])
-        request = json.dumps({"module": command[3], "job": str(job), "environment": dict(env)})
+        request = json.dumps(
+            {"module": command[3], "job": str(job), "environment": dict(env), "place": str(Path.cwd())}
+        )
         server = self._running()
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(request + "\n")
@@ -173,6 +176,7 @@ def _run(request: Mapping[str, Any]) -> NoReturn:
         log = os.open(Path(request["job"]) / "log", os.O_WRONLY | os.O_APPEND)
         for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
             os.dup2(source, target)
+        os.chdir(request["place"])
         os.environ.clear()
         os.environ.update(request["environment"])
         sys.path[0:1] = request["environment"]["PYTHONPATH"].split(os.pathsep)

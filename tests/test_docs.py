@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -34,7 +35,9 @@ def command_lines(page: Path) -> Iterator[list[str]]:
         for line in body.replace("\\\n", " ").splitlines():
             line = line.strip().removeprefix("$ ")
             if line.startswith("compress ") and not line.startswith("compress COMMAND"):
-                yield shlex.split(line, comments=True)[1:]
+                words = shlex.split(line, comments=True)[1:]
+                # What the shell does with it afterwards is no argument.
+                yield list(itertools.takewhile(lambda word: word not in ("|", ">", ">>", "&&", ";"), words))
 
 
 def parse(words: list[str]) -> None:

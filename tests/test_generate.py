@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compress.generate import Writer, _rope_switch, opening
 
 from compress.chat import converse
 from compress.cli import run
 from compress.errors import CompressError, UsageError
+from compress.generation import Writer, _rope_switch, opening
 from compress.validation.decoding import CachedDecoder
 
 #: Turns as words: what a tiny tokenizer of counted words can tell apart.

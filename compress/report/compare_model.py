@@ -118,9 +118,9 @@ class Measure(_Strict):
             return format_size(value)
         if self.unit == "share":
             return f"{value:.2%}" + ("" if error is None else f" ± {error:.2%}")
-        text = f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
-        text += "" if error is None else f" ± {error:.4f}"
-        return f"{text} {self.unit}" if self.unit in ("tokens/s", "ms", "s") else text
+        if self.unit in ("tokens/s", "ms", "s"):
+            return f"{value:.4g} {self.unit}" if abs(value) < 9999.5 else f"{value:.0f} {self.unit}"
+        return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 class TensorChange(_Strict):

@@ -42,7 +42,7 @@ def tables(found: Comparison, *, every_tensor: bool = False, most: int = _ALL) -
     )
     tensors = map(_one_tensor, found.tensors) if every_tensor else _by_role(found.tensors)
     source = f" (from the {found.tensors_from})" if found.tensors_from else ""
-    note = f"{found.tensors_same} tensors are stored alike" if found.tensors_from else ""
+    note = _alike(found.tensors_same) if found.tensors_from else ""
     yield Table(
         f"tensors{source}",
         ("tensor" if every_tensor else "role", "A", "B", "error in A", "error in B"),
@@ -54,6 +54,10 @@ def tables(found: Comparison, *, every_tensor: bool = False, most: int = _ALL) -
     yield Table(
         "files that differ", ("", "A", "B"), files[:most], _more(len(files), most) or same or _missing(found, "files")
     )
+
+
+def _alike(count: int) -> str:
+    return "1 tensor is stored alike" if count == 1 else f"{count} tensors are stored alike"
 
 
 def _more(count: int, most: int) -> str:

@@ -113,7 +113,12 @@ def _speed(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
             prefill_seconds.append(prefill)
             decode_seconds.append(steps)
         progress((repeat + 1) / (repeats + 1))
-    times = {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "load_seconds": load_seconds}
+    times = {
+        "prefill_seconds": prefill_seconds,
+        "decode_seconds": decode_seconds,
+        "load_seconds": load_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),  # samples are no part of what is compared
+    }
     samples = item.get("samples")
     return times if samples is None else {**times, "samples": source_samples.whole(streamed.model, samples)}
 

@@ -164,7 +164,7 @@ def _round(contender: Contender, job: Mapping[str, Any], plan: SpeedPlan, times:
     times.prefill += result["prefill_seconds"]
     times.decode += [step for steps in result["decode_seconds"] for step in steps]
     times.load.append(response["load_seconds"])
-    times.peak = max(times.peak, response["peak_rss_bytes"])
+    times.peak = max(times.peak, result.get("peak_rss_bytes", response["peak_rss_bytes"]))
     times.evidence = response.get("evidence", "measured")
     times.device = response.get("device", "")
 

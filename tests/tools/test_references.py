@@ -44,7 +44,7 @@ def test_every_profile_and_every_key_are_there() -> None:
 
 def test_weights_are_told_as_the_profiles_store_them() -> None:
     rows = {line.split("`")[1]: line for line in profile_reference.page().splitlines() if line.startswith("| [`")}
-    assert "| 4 bits, blocks of 32 | float32 | `cpu` | `genai` | `max_kl` 0.4," in rows["arm-int4"]
+    assert "| 4 bits, blocks of 32 | float32 | `cpu` | `genai`, `optimum` | `max_kl` 0.4," in rows["arm-int4"]
     assert "4 bits, blocks of 32, zero points; some roles 8" in rows["x86-int4"]
     assert "of decoders some roles 4 | 16 bits, fixed ranges | `qnn`" in rows["npu-qnn-int4"]
     assert "| not quantized | float16 | `cuda` |" in rows["cuda-fp16"]
