@@ -145,11 +145,10 @@ def load_report(path: AnyPath) -> Report:
         >>> report.drift.kl_divergence.mean > 1e-6
         True
     """
-    from compress.proof import REPORT_NAME
     from compress.report import json as report_json
 
     given = Path(path)
-    return report_json.read(given / REPORT_NAME if given.is_dir() else given)
+    return report_json.read(given / report_json.NAME if given.is_dir() else given)
 
 
 def inspect(artifact: AnyPath) -> dict[str, Any]:

@@ -122,3 +122,13 @@ def resolve(name: str) -> CatalogEntry | None:
 def suggest(name: str) -> str:
     """Return a hint for a name that is not in the catalog: near names, or all of them."""
     return did_you_mean(name.lower(), _by_name())
+
+
+def of_source(kind: str, identifier: str) -> CatalogEntry | None:
+    """Return the entry of a source by its kind and identifier as manifests have them, ``None`` where there is none."""
+    for entry in entries():
+        if (kind == "hub" and entry.hub == identifier) or (
+            kind == "package" and entry.embedded == f"package:{identifier}"
+        ):
+            return entry
+    return None

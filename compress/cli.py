@@ -7,7 +7,6 @@ Results go to standard output, progress and logs to standard error. Nothing heav
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -32,7 +31,6 @@ from compress.cli_options import (
     print_json,
     profile_options,
     providers_option,
-    reference_to,
     threads_option,
 )
 from compress.cli_prune import prune
@@ -119,33 +117,35 @@ def export(
     as_json: bool,
 ) -> int:
     """Export MODEL under a profile, measure it, and leave a deployable artifact."""
-    from compress import pipeline
-    from compress.profile import load_profile
-    from compress.progress import Stages
-    from compress.sizes import parse_size
+    from compress import api
 
-    recipe = load_profile(profile, overrides)
-    output = output or pipeline.default_output(model, recipe.name)
-    options = pipeline.ExportOptions(
-        calibration_text=calibration_text,
-        eval_text=eval_text,
-        eval_labels=eval_labels,
-        max_memory=parse_size(max_memory) if max_memory is not None else None,
-        seed=seed,
-        validate=not no_validate,
-        threads=threads or os.cpu_count() or 1,
-    )
     if no_validate and junit is not None:
         raise UsageError("there is no verdict to write without validation", hint="leave --junit or --no-validate out")
     outcome = Outcome.prepare(junit, mlflow)
-    stages = Stages(show=sys.stderr.isatty() and not as_json)
-    result = pipeline.export(reference_to(model, adapter, revision, task), recipe, output, options, stages)
+    result = api.export(
+        model,
+        profile,
+        output,
+        overrides=overrides,
+        calibration_text=calibration_text,
+        eval_text=eval_text,
+        eval_labels=eval_labels,
+        max_memory=max_memory,
+        seed=seed,
+        validate=not no_validate,
+        threads=threads,
+        adapter=adapter,
+        revision=revision,
+        task=task,
+        progress=sys.stderr.isatty() and not as_json,
+    )
+    report = None if result.report is None else result.report.model_dump(mode="json")
     if as_json:
-        print_json({"output": str(output), "manifest": result.manifest, "report": result.report})
+        print_json({"output": str(result.output), "manifest": result.manifest, "report": report})
     else:
-        _show_report(result.report)
-        click.echo(f"{result.manifest['status']}: {output}")
-    outcome.tell(output, result.manifest, result.report)
+        _show_report(report)
+        click.echo(f"{result.status}: {result.output}")
+    outcome.tell(result.output, result.manifest, report)
     return result.exit_code
 
 

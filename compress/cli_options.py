@@ -13,7 +13,6 @@ import click
 from compress.completion import complete_artifacts, complete_models, complete_profiles, complete_providers
 
 if TYPE_CHECKING:
-    from compress.pipeline import ModelReference
     from compress.report.mlflow_log import Tracking
 
 
@@ -126,13 +125,6 @@ class Outcome:
         if self.tracking is not None:
             run = self.tracking.log(artifact, manifest, report)
             click.echo(f"MLflow run: {run}", err=True)
-
-
-def reference_to(model: str, adapter: Path | None, revision: str | None, task: str | None) -> ModelReference:
-    """Return what the user named."""
-    from compress.pipeline import ModelReference
-
-    return ModelReference(model, adapter=adapter, revision=revision, task=task)
 
 
 def print_json(document: Any) -> None:

@@ -9,13 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.errors import CompressError
-from compress.inspection import REPORT_NAME, inspect_document, source_files
+from compress.inspection import inspect_document, source_files
 from compress.report import json as report_json
 from compress.report.compare_model import Side, StoredFile, StoredTensor
 from compress.report.model import Report
 from compress.validation.artifact import model_bytes
-
-_MOST = 64 << 20
 
 
 def read_side(path: Path) -> Side:
@@ -37,7 +35,7 @@ def _report_alone(path: Path) -> Side:
         raise CompressError(
             "there is no such artifact or report", where=str(path), hint="give an artifact's directory or a report.json"
         )
-    report = _read_report(path)
+    report = report_json.read(path)
     return Side(
         name=str(path),
         kind="report",
@@ -52,10 +50,10 @@ def _report_alone(path: Path) -> Side:
 
 def _artifact(path: Path) -> Side:
     document = inspect_document(path)
-    report = _read_report(path / REPORT_NAME) if (path / REPORT_NAME).is_file() else None
+    report = report_json.read(path / report_json.NAME) if (path / report_json.NAME).is_file() else None
     graph = None if document["graph"] is None else path / document["graph"]
     if graph is None and report is not None:
-        return _report_alone(path / REPORT_NAME)
+        return _report_alone(path / report_json.NAME)
     assert graph is not None, "inspecting refuses a directory without graph and report"
     source: Mapping[str, Any] = document["source"] or {}
     profile: Mapping[str, Any] = document["profile"] or {}
@@ -92,12 +90,6 @@ def _artifact(path: Path) -> Side:
             "graph_tensors": tuple(_of_graph(document["tensors"])),
         }
     )
-
-
-def _read_report(path: Path) -> Report:
-    if path.stat().st_size > _MOST:
-        raise CompressError(f"the report is damaged: more than {_MOST >> 20} MiB", where=str(path))
-    return report_json.read(path)
 
 
 def _of_source(report: Report) -> dict[str, Any]:

@@ -86,11 +86,11 @@ class Writer:
     @property
     def chats(self) -> bool:
         """Whether the model has a chat template."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return prompts.has_chat_template(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text that is to be completed."""
-        return list(self._tokenizer(text)["input_ids"])
+        return prompts.encode(self._tokenizer, text, chat=False)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Return the tokens of a conversation, up to where the model's answer begins.
@@ -101,13 +101,12 @@ class Writer:
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            return prompts.encode_chat(self._tokenizer, messages)
         except TemplateError as error:
             raise CompressError(
                 f"the model's chat template refuses this conversation: {error}",
                 hint="leave --system out, or use --raw",
             ) from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def write(self, ids: list[int], new_tokens: int, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yield what follows ``ids`` piece by piece; :attr:`last` says more once it ends.

@@ -201,18 +201,14 @@ def _export(
         targets = _targets(profile, structure)
         for target in targets:
             target.check(wish)  # what is damaged is found out now, not after the weights
-        needs = [target.needs(wish) for target in targets]
-        packaging = max((need.memory for need in needs), default=0)
-        resources.check(plan, profile, options, packaging)
-        require_space(output, plan.predicted_bytes + sum(need.disk for need in needs))
+        _require(wish, targets, output, options)
     with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
         digests = background.submit(origin.files)
         calibration = _calibration(model, checkpoint, plan, profile, options)
         decoding = _decoding(model, checkpoint, plan, profile, options, directory)
         if decoding is not None:
             plan = calibrate_decoder(decoding, plan, stages)
-            resources.check(plan, profile, options, packaging)
-            require_space(output, plan.predicted_bytes)
+            _require(Wish(checkpoint, plan, profile), targets, output, options)
         built = build(
             checkpoint,
             plan,
@@ -244,7 +240,7 @@ def _export(
         if proved is not None and proved.allocation is not None:
             record["allocation"] = proved.allocation.model_dump(mode="json")
         with stages.stage("sbom"):
-            sbom.write_sbom(directory, record)
+            billed = sbom.write_sbom(directory, record)
         from compress.report import pages
 
         report, status, code = None, "built", EXIT_OK
@@ -269,8 +265,19 @@ def _export(
         elif proved is not None:
             proved.draw(directory)
         pages.write(directory, record, origin, report)
-        record = manifest.write_manifest(directory, record, status=status)
+        record = manifest.write_manifest(directory, record, status=status, known=billed)
     return ExportResult(output, record, report, code)
+
+
+def _require(wish: Wish, targets: list[ModuleType], output: Path, options: ExportOptions) -> None:
+    """Refuse before work starts what memory or the disk cannot hold, the targets' share included.
+
+    Raises:
+        ResourceError: What is needed, and what there is.
+    """
+    needs = [target.needs(wish) for target in targets]
+    resources.check(wish.plan, wish.profile, options, max((need.memory for need in needs), default=0))
+    require_space(output, wish.plan.predicted_bytes + sum(need.disk for need in needs))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ def has_chat_template(tokenizer: Any) -> bool:  # noqa: ANN401
 def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:  # noqa: ANN401
     """Return a prompt's ids; with ``chat`` as what a user says, where the tokenizer has a template for it."""
     if chat and has_chat_template(tokenizer):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:  # noqa: ANN401
+    """Return the ids of a conversation (``role`` and ``content`` each), up to where the model's answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_tokens(artifact: Path) -> set[int]:

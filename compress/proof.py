@@ -33,8 +33,6 @@ from compress.validation.protocol import CheckpointSpec
 from compress.validation.run import Validation, run_validation
 from compress.validation.speed import FLOAT_GRAPH_FACTOR, SpeedPlan, measure_speed
 
-REPORT_NAME = "report.json"
-
 
 def prove(
     model: pipeline.ModelReference,
@@ -95,7 +93,7 @@ def prove(
             source_bytes = make_plan(pipeline.describe(checkpoint), profile, checkpoint).source_bytes
             found = chain.measure(smaller, source_bytes, plan, profile, directory, result, shared, validate)
         elif removed is not None:
-            found = chain.again(directory, REPORT_NAME, removed, result)
+            found = chain.again(directory, report_json.NAME, removed, result)
     before = tuple(
         report.Stage(name=stage.name, seconds=stage.seconds, peak_rss_bytes=stage.peak_rss_bytes)
         for stage in stages.done
@@ -127,7 +125,7 @@ def prove(
         environment=environment(),
         **_calibration(calibration, result, profile, options, directory),
     )
-    report_json.write(made, directory / REPORT_NAME)
+    report_json.write(made, directory / report_json.NAME)
     return made.model_dump(mode="json")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
 from compress.package import manifest
+from compress.package.tree import sha256
 from compress.package.verify import printable, verify
 from compress.source.hub import HUB_ID
 
@@ -83,7 +84,7 @@ def planned(directory: Path, *, allow_rejected: bool) -> list[Upload]:
         )
     names = [(item["name"], item["sha256"]) for item in record["files"]]
     beside = [name for name in (manifest.SIGNATURE_NAME, manifest.NAME) if (directory / name).is_file()]
-    names += [(name, manifest.digest(directory / name)) for name in beside]
+    names += [(name, sha256(directory / name)) for name in beside]
     return [Upload(name, (directory / name).stat().st_size, sha256, _large(directory / name)) for name, sha256 in names]
 
 

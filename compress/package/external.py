@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import CompressError
 from compress.package.staging import sync, write_file
+from compress.package.tree import name_fault
 
 if TYPE_CHECKING:
     import onnx
@@ -78,9 +79,9 @@ def data_files(graph: Path) -> list[Path]:
     """
     names = sorted({place(tensor)[0] for tensor in external_tensors(load_graph(graph))})
     for name in names:
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
-            raise CompressError(f"the graph's data lies outside its directory: {name!r}", where=str(graph))
+        fault = name_fault(name)
+        if fault is not None:
+            raise CompressError(f"the graph's data is not in its directory: {name!r}: {fault}", where=str(graph))
     return [graph.parent / name for name in names]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -13,26 +12,19 @@ from compress import __version__
 from compress.contracts import Checkpoint, SourceFile
 from compress.errors import CompressError
 from compress.package.staging import write_file
+from compress.package.tree import sha256
 from compress.profile import Profile
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
+#: More is no manifest.
+MAX_BYTES = 64 << 20
 #: A signature covers the manifest, so the manifest cannot hold its digest.
 SIGNATURE_NAME = "model.sig"
 MEASURED_NAMES = frozenset({"README.md", "report.html", "report.json"})
 #: Packages whose version can change the bytes or the numbers.
 TOOLS = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch", "transformers")
-_CHUNK = 1 << 20
 _SHAPE: Mapping[str, type] = {"files": list, "profile": dict, "seed": int, "source": dict, "status": str, "tools": dict}
-
-
-def digest(path: Path) -> str:
-    """Return a file's SHA-256, hexadecimal; the file is read in chunks."""
-    state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def measured(name: str) -> bool:
@@ -81,9 +73,18 @@ def build_manifest(
     }
 
 
-def write_manifest(directory: Path, manifest: Mapping[str, Any], *, status: str | None = None) -> dict[str, Any]:
-    """Digest every file of the artifact and write ``manifest.json`` last."""
-    files = list_files(directory)
+def write_manifest(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    *,
+    status: str | None = None,
+    known: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Digest every file of the artifact and write ``manifest.json`` last.
+
+    ``known`` are files that nothing has written to since they were listed: they are not read again.
+    """
+    files = list_files(directory, known)
     complete = {
         **manifest,
         "status": status or manifest["status"],
@@ -94,11 +95,12 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], *, status: str 
     return complete
 
 
-def list_files(directory: Path) -> list[dict[str, Any]]:
+def list_files(directory: Path, known: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Return name, size and SHA-256 of every file, by name; the manifest and a signature are not among them."""
     names = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    digests = {item["name"]: item["sha256"] for item in known}
     return [
-        {"name": name, "size": path.stat().st_size, "sha256": digest(path)}
+        {"name": name, "size": path.stat().st_size, "sha256": digests.get(name) or sha256(path)}
         for name, path in sorted(names.items())
         if name not in (NAME, SIGNATURE_NAME) and not name.endswith(".partial")
     ]
@@ -115,8 +117,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CompressError(
             "not an artifact: it has no manifest.json", where=str(directory), hint="compress export makes one"
         )
+    with path.open("rb") as stream:
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise CompressError(f"manifest.json is damaged: more than {MAX_BYTES >> 20} MiB", where=str(path))
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CompressError(f"manifest.json is damaged: {error}", where=str(path)) from None
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:

@@ -30,10 +30,10 @@ import numpy as np
 from compress import providers
 from compress.contracts import Encoder, Runtime, Structure
 from compress.errors import CompressError, ProviderError, UsageError
-from compress.package.manifest import digest
 from compress.package.qnn_samples import Samples, decoder_samples, encoder_samples, input_shapes
 from compress.package.staging import sync
 from compress.package.target import Needs, Package, Wish
+from compress.package.tree import sha256
 from compress.validation.protocol import Json, run_worker
 from compress.validation.static_decoding import DECODE_NAME
 
@@ -159,7 +159,7 @@ def compile_context(graphs: Sequence[Graph], folder: Path, soc: str, *, runtime:
         answers = [_compile(graph, beside, soc, started) for graph in graphs]
         record = {
             "soc_model": soc,
-            "graphs": [{"name": graph.model.name, "sha256": digest(graph.model)} for graph in graphs],
+            "graphs": [{"name": graph.model.name, "sha256": sha256(graph.model)} for graph in graphs],
             "versions": answers[0][1]["versions"],
             "compared": {"samples": sum(_count(graph) for graph in graphs), "outputs": "equal"},
         }

@@ -30,17 +30,21 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "compress-slm")
 _UNKNOWN_LICENCE = "not stated"
 
 
-def write_sbom(directory: Path, manifest: Mapping[str, Any]) -> None:
+def write_sbom(directory: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Write the bill of an artifact whose files are all there but those with measurements.
 
     Args:
         directory: The artifact; its files are digested.
         manifest: What the manifest will say: ``source``, ``profile``, ``seed``, ``tools``, ``task``, ``calibration``.
+
+    Returns:
+        Name, size and SHA-256 of the files that it lists.
     """
     files = [item for item in list_files(directory) if listed(item["name"])]
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     text = json.dumps(build_sbom(manifest, files, config), indent=2, sort_keys=True, allow_nan=False)
     write_file(directory / NAME, text + "\n")
+    return files
 
 
 def listed(name: str) -> bool:
@@ -170,12 +174,10 @@ def _notes(manifest: Mapping[str, Any]) -> str:
 
 def _licences(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the licence that the catalog knows of a source, nothing where it knows none."""
-    reference = f"package:{source['id']}" if source["kind"] == "package" else source["id"]
-    for entry in catalog.entries():
-        if source["kind"] in ("hub", "package") and reference in (entry.hub, entry.embedded):
-            known = entry.licence != _UNKNOWN_LICENCE
-            return {"licenses": [{"license": {"id": entry.licence}}]} if known else {}
-    return {}
+    entry = catalog.of_source(source["kind"], source["id"])
+    if entry is None or entry.licence == _UNKNOWN_LICENCE:
+        return {}
+    return {"licenses": [{"license": {"id": entry.licence}}]}
 
 
 def _file(item: Mapping[str, Any], reference: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from compress.report.model import SCHEMA_VERSION as REPORT_VERSION
 from compress.report.model import Report
 from compress.source.files import MAX_INDEX_BYTES, read_json_object
 
-REPORT_NAME, GENAI_NAME = "report.json", "genai_config.json"
+GENAI_NAME = "genai_config.json"
 #: What a verdict makes of an artifact's status.
 STATUS = {"pass": "accepted", "fail": "rejected"}
 _UPGRADE = "upgrade compress"
@@ -214,25 +214,27 @@ def _behind(name: str, tree: Tree) -> bool:
 
 
 def _check_report(artifact: Path, manifest: Manifest, tree: Tree, result: Verification) -> None:
-    if REPORT_NAME not in tree.files:
-        if manifest.status != "built" and REPORT_NAME not in tree:
-            result.add("status", REPORT_NAME, f"the status is {manifest.status}, and there is no report to show why")
+    if report_json.NAME not in tree.files:
+        if manifest.status != "built" and report_json.NAME not in tree:
+            result.add(
+                "status", report_json.NAME, f"the status is {manifest.status}, and there is no report to show why"
+            )
         return
-    report = _read_report(artifact / REPORT_NAME, result)
+    report = _read_report(artifact / report_json.NAME, result)
     if report is None:
         return
     expected = STATUS[report.verdict.status]
     if manifest.status != expected:
         result.add("status", NAME, f"the verdict is {report.verdict.status}, but the status is {manifest.status}")
     if (report.verdict.status == "pass") == bool(report.verdict.reasons):
-        result.add("report", REPORT_NAME, "the verdict contradicts its reasons")
+        result.add("report", report_json.NAME, "the verdict contradicts its reasons")
     failed = [item.provider for item in report.providers if item.verdict.status == "fail"]
     if failed and report.verdict.status == "pass":
-        result.add("report", REPORT_NAME, f"the verdict is pass, but {failed[0]}'s is fail")
+        result.add("report", report_json.NAME, f"the verdict is pass, but {failed[0]}'s is fail")
     if report.source is not None and report.source.identifier != manifest.source.id:
-        result.add("report", REPORT_NAME, f"it is about {report.source.identifier!r}, not {manifest.source.id!r}")
+        result.add("report", report_json.NAME, f"it is about {report.source.identifier!r}, not {manifest.source.id!r}")
     if report.profile is not None and report.profile.name != manifest.profile.get("name"):
-        result.add("report", REPORT_NAME, f"it is about the profile {report.profile.name!r}")
+        result.add("report", report_json.NAME, f"it is about the profile {report.profile.name!r}")
 
 
 def _read_report(path: Path, result: Verification) -> Report | None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.package.manifest import digest
 from compress.package.staging import write_file
+from compress.package.tree import sha256
 from compress.report import html, measured
 from compress.report.model import Report
 from compress.report.origin import CARD_NAME, Origin, origin
@@ -59,7 +59,7 @@ def write(directory: Path, record: Mapping[str, Any], report: Report | None, sou
 
 def _is_ours(path: Path, record: Mapping[str, Any]) -> bool:
     listed = {item.get("name"): item.get("sha256") for item in record.get("files", []) if isinstance(item, Mapping)}
-    return listed.get(NAME) == digest(path)
+    return listed.get(NAME) == sha256(path)
 
 
 def metadata(directory: Path, record: Mapping[str, Any], known: Origin) -> dict[str, Any]:

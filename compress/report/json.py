@@ -10,6 +10,10 @@ from pydantic import ValidationError
 from compress.errors import CompressError
 from compress.report.model import SCHEMA_VERSION, Report
 
+NAME = "report.json"
+#: More is no report.
+MAX_BYTES = 64 << 20
+
 
 def dumps(report: Report) -> str:
     """Return the report as JSON text."""
@@ -30,9 +34,12 @@ def read(path: Path) -> Report:
         CompressError: The file is missing or damaged, a report of a newer schema version, or a key of it is wrong.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise CompressError(f"the report cannot be read: {error.strerror}", where=str(path)) from error
+    if len(content) > MAX_BYTES:
+        raise CompressError(f"the report is damaged: more than {MAX_BYTES >> 20} MiB", where=str(path))
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import catalog
 from compress.errors import SourceError
-from compress.report.reproduce import catalog_entry
 from compress.source.files import contained
 
 CARD_NAME = "README.md"
@@ -61,7 +61,7 @@ def origin(source: Mapping[str, Any], directory: Path | None) -> Origin:
         source: The manifest's ``source``.
         directory: The source's own directory, in which its card may lie; ``None`` where it has none.
     """
-    entry = catalog_entry(str(source.get("kind")), str(source.get("id")))
+    entry = catalog.of_source(str(source.get("kind")), str(source.get("id")))
     card = {} if directory is None else _front_matter(directory)
     languages = tuple(item for item in _texts(card.get("language")) if _LANGUAGE.fullmatch(item))
     if entry is not None:

@@ -61,23 +61,13 @@ def reproduction(report: Report, record: Mapping[str, Any] | None = None) -> Rep
     return Reproduction(tuple(word if word.startswith("--") else shlex.quote(word) for word in words), tuple(notes))
 
 
-def catalog_entry(kind: str, identifier: str) -> catalog.CatalogEntry | None:
-    """Return the catalog's entry of a source by its kind and identifier as manifests have them, else ``None``."""
-    for entry in catalog.entries():
-        if kind == "hub" and entry.hub == identifier:
-            return entry
-        if kind == "package" and entry.embedded == f"package:{identifier}":
-            return entry
-    return None
-
-
 def _model(source: Source, notes: list[str]) -> Iterator[str]:
     if source.kind == "hub":
         yield source.identifier
         if source.revision:
             yield from ("--revision", source.revision)
     elif source.kind == "package":
-        entry = catalog_entry(source.kind, source.identifier)
+        entry = catalog.of_source(source.kind, source.identifier)
         yield entry.name if entry else f"package:{source.identifier}"
         if source.revision:
             notes.append(f"The model is in version {source.revision} of the package {source.identifier.split('/')[0]}.")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CompressError
-from compress.package.manifest import NAME, build_manifest, digest, read_manifest, write_manifest
+from compress.package.manifest import NAME, build_manifest, read_manifest, write_manifest
+from compress.package.tree import sha256
 from compress.profile import load_profile, parse_profile
 from compress.source import open_checkpoint
 
@@ -66,7 +67,7 @@ def test_round_trip(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
 def test_digest_of_more_than_one_chunk(tmp_path: Path) -> None:
     data = bytes(range(256)) * 9000
     (tmp_path / "file").write_bytes(data)
-    assert digest(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize(

