@@ -83,6 +83,7 @@ def export(
     max_memory: int | str | None = None,
     seed: int = 0,
     validate: bool = True,
+    fresh: bool = False,
     threads: int | None = None,
     adapter: AnyPath | None = None,
     revision: str | None = None,
@@ -104,6 +105,7 @@ def export(
         max_memory: Refuse to start if a stage would take more: bytes, or text with a unit (``"1GB"``).
         seed: Seed of everything random.
         validate: Measure drift and speed against the source.
+        fresh: Start over, also where an interrupted run of the same export left finished work.
         threads: Threads to use, by default all cores; never changes the artifact's bytes.
         adapter: A PEFT LoRA adapter's directory to merge.
         revision: Branch, tag or commit of a hub id.
@@ -145,6 +147,7 @@ def export(
         max_memory=arguments.size(max_memory),
         seed=seed,
         validate=validate,
+        fresh=fresh,
         threads=arguments.thread_count(threads),
     )
     made = pipeline.export(reference, recipe, place, options, Stages(show=progress))
@@ -231,6 +234,7 @@ def prune_model(
     calibration_text: AnyPath | None = None,
     max_memory: int | str | None = None,
     seed: int = 0,
+    fresh: bool = False,
     threads: int | None = None,
     adapter: AnyPath | None = None,
     revision: str | None = None,
@@ -259,6 +263,7 @@ def prune_model(
         calibration_text: UTF-8 text of your domain that the model is run on; by default built in.
         max_memory: Refuse to start if a stage would take more: bytes, or text with a unit.
         seed: Seed of everything random.
+        fresh: Start over, also where an interrupted run of the same call left finished work.
         threads: Threads to use, by default all cores.
         adapter: A PEFT LoRA adapter's directory to merge.
         revision: Branch, tag or commit of a hub id.
@@ -298,6 +303,7 @@ def prune_model(
         calibration_text=arguments.path(calibration_text),
         max_memory=arguments.size(max_memory),
         seed=seed,
+        fresh=fresh,
         threads=arguments.thread_count(threads),
     )
     return PruneResult(place, pruning.prune_to(reference, recipe, place, options, Stages(show=progress)))

@@ -7,13 +7,12 @@ same float graph of it; what quantization adds is the artifact's own measurement
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline, pooling
+from compress import pipeline, pooling, temporary
 from compress.contracts import Checkpoint, Decoder
 from compress.package.staging import write_file
 from compress.package.writer import require_space
@@ -99,7 +98,7 @@ def _pruned(
     plan = make_plan(structure, recipe, smaller.checkpoint)
     require_space(directory, plan.predicted_bytes)
     pool = pooling.resolve(structure, profile, smaller.checkpoint)
-    place = Path(tempfile.mkdtemp(prefix=".pruned-float-", dir=directory.parent))
+    place = temporary.make("pruned-float-")
     try:
         pipeline.build(smaller.checkpoint, plan, recipe, place, int(shared["threads"]), Stages(), pool=pool)
         changes: dict[str, Any] = {"budgets": {}, "providers": ("cpu",), "pytorch_baseline": False, "terms": Terms()}

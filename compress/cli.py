@@ -23,6 +23,7 @@ from compress.cli_options import (
     Outcome,
     artifact_argument,
     calibration_option,
+    fresh_option,
     json_option,
     labels_option,
     model_argument,
@@ -79,6 +80,20 @@ def cli(context: click.Context, debug: bool) -> None:
     """  # noqa: D301 - click wants the control character
     context.obj = {"debug": debug}
     logging.basicConfig(level=logging.INFO if debug else logging.ERROR, stream=sys.stderr)
+    _show_notes(logging.getLogger("compress"))
+
+
+class _Notes(logging.Handler):
+    """Shows what this package warns of as one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"note: {record.getMessage()}", err=True)
+
+
+def _show_notes(logger: logging.Logger) -> None:
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.WARNING))
+        logger.propagate = False
 
 
 @cli.command()
@@ -92,6 +107,7 @@ def cli(context: click.Context, debug: bool) -> None:
 @labels_option
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@fresh_option
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
 @outcome_options
 @threads_option
@@ -107,6 +123,7 @@ def export(
     eval_labels: Path | None,
     max_memory: str | None,
     seed: int,
+    fresh: bool,
     no_validate: bool,
     junit: Path | None,
     mlflow: str | None,
@@ -133,6 +150,7 @@ def export(
         max_memory=max_memory,
         seed=seed,
         validate=not no_validate,
+        fresh=fresh,
         threads=threads,
         adapter=adapter,
         revision=revision,

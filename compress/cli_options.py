@@ -61,6 +61,9 @@ providers_option = click.option(
     help="Providers to run on; default: the profile's.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+fresh_option = click.option(
+    "--fresh", is_flag=True, help="Start over, also where an interrupted run of this command left finished work."
+)
 calibration_option = click.option(
     "--calibration-text",
     type=click.Path(path_type=Path),

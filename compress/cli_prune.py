@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from compress.cli_options import json_option, model_argument, model_options, print_json, threads_option
+from compress.cli_options import fresh_option, json_option, model_argument, model_options, print_json, threads_option
 from compress.completion import complete_profiles
 
 
@@ -51,6 +51,7 @@ def _amount(name: str, what: str) -> Callable[[Any], Any]:
 )
 @click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 3GB.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@fresh_option
 @threads_option
 @model_options
 @json_option
@@ -72,6 +73,7 @@ def prune(
     calibration_text: Path | None,
     max_memory: str | None,
     seed: int,
+    fresh: bool,
     threads: int | None,
     adapter: Path | None,
     revision: str | None,
@@ -103,6 +105,7 @@ def prune(
         calibration_text=calibration_text,
         max_memory=max_memory,
         seed=seed,
+        fresh=fresh,
         threads=threads,
         adapter=adapter,
         revision=revision,

@@ -84,6 +84,10 @@ class Checkpoint(Protocol):
         """Return the source's files with their digests (reads each file once; may take seconds per GB)."""
         ...
 
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """Return numbers that change when one of the source's files is written to, by file name; reads none of them."""
+        ...
+
     def sidecars(self) -> Mapping[str, Path]:
         """Return tokenizer, template and generation files that an artifact takes over unchanged, by file name."""
         ...

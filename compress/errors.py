@@ -91,3 +91,7 @@ def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(names)}" if names else "none is known"
+
+
+class WorkerKilledError(WorkerError):
+    """A worker was killed from outside: by the kernel, because memory ran out, or by somebody."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from compress import catalog, checks, pooling, pruning, resources, weights
+from compress import building, catalog, checks, pooling, pruning, resources, temporary, weights, workspace
+from compress.building import Built
 from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
 from compress.families import load_family
+from compress.kept import Kept
 from compress.package import load_target, manifest, sbom, staging
 from compress.package.target import Package, Wish
-from compress.package.writer import DataFile, require_space
+from compress.package.writer import require_space
 from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.progress import Stages
@@ -48,13 +49,14 @@ if TYPE_CHECKING:
     from compress.progress import Meter
     from compress.pruning import PrunedSource
     from compress.report.calibrated import Calibrated as DecoderCalibrated
-    from compress.report.model import Allocation, TensorRecord
+    from compress.report.model import Allocation
+    from compress.workspace import Workspace
 
 #: Runs the source model on texts, given where temporary files may go and a meter.
 Calibration = Callable[[Path, "Meter"], "Calibrated"]
 #: Makes integers of a finished graph's activations, given the graph, its directory and a meter.
 Activations = Callable[["FinishedGraph", Path, "Meter"], object]
-GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
+GRAPH_NAME, DATA_NAME = "model.onnx", building.DATA_NAME
 #: What is read of a calibration text at least, however little is validated.
 _CALIBRATION_TOKENS = 8192
 
@@ -112,7 +114,10 @@ def default_output(model: str, suffix: str) -> Path:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes."""
+    """How to run an export; ``threads`` never changes the bytes, ``max_memory`` is in bytes.
+
+    ``fresh`` starts over where an earlier run of the same command left finished work.
+    """
 
     calibration_text: Path | None = None
     eval_text: Path | None = None
@@ -120,6 +125,7 @@ class ExportOptions:
     max_memory: int | None = None
     seed: int = 0
     validate: bool = True
+    fresh: bool = False
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
@@ -133,15 +139,6 @@ class ExportResult:
     exit_code: int
 
 
-@dataclass(frozen=True)
-class Built:
-    """What a build left to say: how often each graph rule fired, what calibration found, and how weights are stored."""
-
-    fired: Mapping[str, int]
-    calibration: Mapping[str, Any] | None
-    tensors: tuple[TensorRecord, ...]
-
-
 def describe(checkpoint: Checkpoint) -> Structure:
     """Read the model's structure through its family."""
     return load_family(checkpoint.config).describe(checkpoint.config, checkpoint.tensors())
@@ -152,10 +149,12 @@ def export(
 ) -> ExportResult:
     """Export a model: the artifact appears at ``output`` whole, or not at all.
 
+    What a run that was killed had finished is used (:mod:`compress.workspace`).
+
     Raises:
-        CompressError: Anything that went wrong; nothing is left behind then.
+        CompressError: Anything that went wrong; see :func:`compress.workspace.opened` for what is left behind then.
     """
-    staging.check_output(output)
+    workspace.check(output)
     _targets(profile)
     if options.validate:
         checks.check_provider(profile)
@@ -164,26 +163,46 @@ def export(
         text.from_file(options.eval_text, profile.validation.tokens)  # what cannot be read is found out before work
     if options.calibration_text is not None:
         text.from_file(options.calibration_text, profile.validation.tokens)
-    with model.open() as checkpoint:
+    with (
+        model.open() as checkpoint,
+        workspace.opened(output, building.basis(model, checkpoint, profile, options), fresh=options.fresh) as space,
+    ):
+        if space.done is not None:
+            return _published(output, space.done, options)
+        building.check_source(space, checkpoint)
         if not profile.prune.wanted:
-            return _export(model, checkpoint, profile, output, options, stages)
-        with (
-            pruning.pruned(model, checkpoint, profile, output, options, stages) as made,
-            made.model.open() as smaller,
-        ):
-            return _export(made.model, smaller, profile, output, options, stages, made)
+            return _export(model, checkpoint, profile, space, options, stages)
+        made = pruning.pruned(model, checkpoint, profile, space, options, stages)
+        with made.model.open() as smaller:
+            return _export(made.model, smaller, profile, space, options, stages, made)
+
+
+def _published(output: Path, told: Mapping[str, Any], options: ExportOptions) -> ExportResult:
+    """Return what a run left that was killed when all was done.
+
+    Raises:
+        UsageError: It was asked for another proof: the output is there already.
+    """
+    from compress.report import json as report_json
+
+    if told["proof"] != building.proof_basis(options):
+        staging.check_output(output)
+    path = output / report_json.NAME
+    report = report_json.read(path).model_dump(mode="json") if path.is_file() else None
+    return ExportResult(output, manifest.read_manifest(output), report, int(told["code"]))
 
 
 def _export(
     model: ModelReference,
     checkpoint: OpenCheckpoint,
     profile: Profile,
-    output: Path,
+    space: Workspace,
     options: ExportOptions,
     stages: Stages,
     made: PrunedSource | None = None,
 ) -> ExportResult:
     """Export a model as it is; ``made`` says what it was pruned from."""
+    directory, kept = space.directory, space.kept
     origin = checkpoint if made is None else made.origin
     adapter = model.adapter if made is None else made.reference.adapter
     with stages.stage("plan"):
@@ -201,14 +220,14 @@ def _export(
         targets = _targets(profile, structure)
         for target in targets:
             target.check(wish)  # what is damaged is found out now, not after the weights
-        _require(wish, targets, output, options)
-    with staging.staged(output) as directory, ThreadPoolExecutor(1) as background:
-        digests = background.submit(origin.files)
+        _require(wish, targets, space.output, options)
+    with ThreadPoolExecutor(1) as background:
+        digests = background.submit(building.digests, origin, kept)
         calibration = _calibration(model, checkpoint, plan, profile, options)
-        decoding = _decoding(model, checkpoint, plan, profile, options, directory)
+        decoding = _decoding(model, checkpoint, plan, profile, options, directory, kept)
         if decoding is not None:
             plan = calibrate_decoder(decoding, plan, stages)
-            _require(Wish(checkpoint, plan, profile), targets, output, options)
+            _require(Wish(checkpoint, plan, profile), targets, space.output, options)
         built = build(
             checkpoint,
             plan,
@@ -221,6 +240,7 @@ def _export(
             calibration=calibration,
             decoding=decoding,
             activations=_activations(checkpoint, structure, profile, options),
+            kept=kept,
         )
         record = manifest.build_manifest(
             origin,
@@ -229,6 +249,7 @@ def _export(
             files=digests.result(),
             adapter={"directory": adapter.name} if adapter else None,
         )
+        building.require_unchanged(origin, kept)
         record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
         record["tensors"] = [item.model_dump(mode="json") for item in built.tensors]
         if made is not None:
@@ -266,7 +287,8 @@ def _export(
             proved.draw(directory)
         pages.write(directory, record, origin, report)
         record = manifest.write_manifest(directory, record, status=status, known=billed)
-    return ExportResult(output, record, report, code)
+    space.finish({"code": code, "proof": building.proof_basis(options)})
+    return ExportResult(space.output, record, report, code)
 
 
 def _require(wish: Wish, targets: list[ModuleType], output: Path, options: ExportOptions) -> None:
@@ -310,7 +332,7 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
                 where=f"profile {profile.name}",
                 hint="compress prune MODEL -o DIR first, then plan DIR without prune.*",
             )
-    with _whole(model) as checkpoint, tempfile.TemporaryDirectory(prefix="compress-plan-") as work:
+    with _whole(model) as checkpoint, temporary.directory("compress-plan-") as work:
         require_tokenizer(checkpoint)
         checks.check_calibration(plan, profile, options)
         decoding = _decoding(model, checkpoint, plan, profile, options, Path(work))
@@ -359,13 +381,18 @@ def build(
     calibration: Calibration | None = None,
     decoding: DecoderCalibration | None = None,
     activations: Activations | None = None,
+    kept: Kept | None = None,
 ) -> Built:
     """Build graph, weights and package files into an existing directory; no validation, no manifest.
 
     ``calibration`` runs the source model on texts and returns a plan that knows what they showed; it may be ``None``
     where the profile asks for none. ``decoding`` is the calibration of a model that writes text, its text read.
-    ``activations`` makes integers of what is between the graph's nodes.
+    ``activations`` makes integers of what is between the graph's nodes. ``kept`` is what an earlier run finished, and
+    takes what this one does.
     """
+    known = building.built(kept, directory)
+    if known is not None:
+        return known
     # Imported here: the graph library is not needed to plan, list or explain.
     from compress.calibrate.encoder import STATISTICS_NAME
     from compress.calibrate.encoder import moments as encoder_moments
@@ -378,13 +405,16 @@ def build(
     errors = StoredErrors()
     # The skeleton's worker only needs the config, the weights only their places: one core can do each.
     with ThreadPoolExecutor(1) as background:
-        built = background.submit(build_skeleton, checkpoint.directory, skeleton, _encoder_task(plan))
+        built = background.submit(
+            temporary.carried(build_skeleton), checkpoint.directory, skeleton, _encoder_task(plan)
+        )
         if calibration is not None:
             with stages.stage("calibrate") as meter:
                 found = calibration(directory, meter)
                 plan, smoothing, record = found.plan, found.smoothing, found.record
                 moments = partial(encoder_moments, found)
-        with DataFile(directory / DATA_NAME, plan.data_bytes) as data:
+        with building.claimed(directory / DATA_NAME, plan, kept) as data:
+            finished = building.Weights(kept, errors)
             written = None
             if decoding is not None:
                 with stages.stage("calibrate") as meter:
@@ -402,8 +432,9 @@ def build(
                     beside=(built,),
                     smoothing=smoothing,
                     moments=moments,
-                    done=() if written is None else written.names,
+                    done={*finished.names, *(() if written is None else written.names)},
                     errors=errors,
+                    finished=finished.add,
                 )
                 inline |= {} if written is None else written.inline
                 (directory / STATISTICS_NAME).unlink(missing_ok=True)
@@ -428,7 +459,9 @@ def build(
         for target in _targets(profile, plan.structure):
             target.write(package)
     measured = errors.relative() | ({} if written is None else dict(written.stored_errors))
-    return Built(graph.fired, record, tensors.of_plan(plan, measured))
+    made = Built(graph.fired, record, tensors.of_plan(plan, measured))
+    building.keep_built(kept, directory, made)
+    return made
 
 
 def calibrate_decoder(calibration: DecoderCalibration, plan: Plan, stages: Stages) -> Plan:
@@ -529,7 +562,13 @@ def _calibration_text(profile: Profile, options: ExportOptions) -> text.Text:
 
 
 def _decoding(
-    model: ModelReference, checkpoint: Checkpoint, plan: Plan, profile: Profile, options: ExportOptions, work: Path
+    model: ModelReference,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    profile: Profile,
+    options: ExportOptions,
+    work: Path,
+    kept: Kept | None = None,
 ) -> DecoderCalibration | None:
     """Return the calibration of a model that writes text, ``None`` where the profile or the plan needs none."""
     from compress.calibrate import decoder
@@ -545,6 +584,7 @@ def _decoding(
         seed=options.seed,
         memory_cap=options.max_memory,
         threads=options.threads,
+        kept=kept,
     )
 
 

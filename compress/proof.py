@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress import chain, checks, pipeline, pooling, pruning, resources
+from compress import chain, checks, pipeline, pooling, pruning, resources, temporary, workspace
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
@@ -217,7 +216,7 @@ def validate_artifact(
     options = pipeline.ExportOptions(
         eval_text=eval_text, eval_labels=eval_labels, seed=record["seed"], threads=threads or os.cpu_count() or 1
     )
-    with model.open() as checkpoint, contextlib.ExitStack() as stack:
+    with workspace.alone(artifact), model.open() as checkpoint, contextlib.ExitStack() as stack:
         _check_same(checkpoint, record)
         if (record.get("pruning") or {}).get("vocabulary"):
             model = stack.enter_context(pruning.with_kept_tokens(model, checkpoint, artifact, options))
@@ -329,7 +328,7 @@ def _float_baseline(
     except CompressError as error:
         yield None, error.what
         return
-    place = Path(tempfile.mkdtemp(prefix=".float-baseline-", dir=directory.parent))
+    place = temporary.make("float-baseline-")
     try:
         pipeline.build(checkpoint, plan, recipe, place, options.threads, Stages(), pool=pool)
         yield place / pipeline.GRAPH_NAME, None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import building, temporary, workspace
 from compress.contracts import Checkpoint
 from compress.errors import ResourceError
 from compress.package import staging
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from compress.progress import Stages
     from compress.prune.amounts import Amounts
     from compress.prune.distill import Distilled
+    from compress.workspace import Workspace
+
+#: What the workspace keeps: the pruned checkpoint, and how far its distillation is.
+_PRUNED, _DISTILLATION = "pruned", "distillation"
 
 
 @dataclass(frozen=True)
@@ -51,64 +55,64 @@ def prune_to(
     Raises:
         CompressError: Anything that went wrong; nothing is left behind then.
     """
-    staging.check_output(output)
+    workspace.check(output)
     with model.open() as checkpoint:
         amounts = _checked(checkpoint, profile, options)
+        basis = {"to": "prune", **building.basis(model, checkpoint, profile, options)}
         with (
-            staging.staged(output) as directory,
-            tempfile.TemporaryDirectory(dir=directory.parent, prefix=".trim-") as place,
+            workspace.opened(output, basis, fresh=options.fresh) as space,
+            temporary.directory("trimmed-") as place,
         ):
+            if space.done is not None:
+                return dict(space.done)
+            building.check_source(space, checkpoint)
+            building.clear(space.directory, set())
             done = _write(
                 model,
                 checkpoint,
                 profile,
                 amounts,
-                directory,
+                space.directory,
                 options,
                 stages,
                 trimmed=Path(place) / "model",
-                state=_state(output),
+                state=space.kept.file(_DISTILLATION),
             )
+            building.require_unchanged(checkpoint, space.kept)
+            space.finish(dict(done.record))
             return done.record
 
 
-@contextmanager
 def pruned(
     model: ModelReference,
     checkpoint: Checkpoint,
     profile: Profile,
-    output: Path,
+    space: Workspace,
     options: ExportOptions,
     stages: Stages,
-) -> Iterator[PrunedSource]:
-    """Yield a pruned checkpoint that lies beside ``output`` for as long as it is needed.
+) -> PrunedSource:
+    """Return a pruned checkpoint that lies in the workspace of an export, an earlier run's if that finished it.
 
     Raises:
         CompressError: Anything that went wrong.
     """
+    kept = space.kept
+    directory, trimmed = kept.file(_PRUNED), kept.file("trimmed")
+    known = kept.value(_PRUNED)
+    if known is not None:
+        smaller = replace(model, reference=str(directory), adapter=None, revision=None, task=model.wanted_task)
+        reference = replace(smaller, reference=str(trimmed)) if trimmed.is_dir() else model
+        return PrunedSource(smaller, reference, checkpoint, known)
     amounts = _checked(checkpoint, profile, options)
-    parent = output.absolute().parent
-    made = not parent.exists()
-    parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{output.name}.pruned-", dir=parent))
-    try:
-        directory = place / "model"
-        directory.mkdir()
-        yield _write(
-            model,
-            checkpoint,
-            profile,
-            amounts,
-            directory,
-            options,
-            stages,
-            trimmed=place / "trimmed",
-            state=_state(output),
-        )
-    finally:
+    for place in (directory, trimmed):
         shutil.rmtree(place, ignore_errors=True)
-        if made and not any(parent.iterdir()):
-            parent.rmdir()
+    directory.mkdir()
+    state = kept.file(_DISTILLATION)
+    done = _write(model, checkpoint, profile, amounts, directory, options, stages, trimmed=trimmed, state=state)
+    for path in (*directory.rglob("*"), *(trimmed.rglob("*") if trimmed.is_dir() else ())):
+        staging.sync(path)
+    kept.keep(_PRUNED, dict(done.record))
+    return done
 
 
 def copy_kept_ids(made: PrunedSource, directory: Path) -> None:
@@ -131,15 +135,10 @@ def with_kept_tokens(
     """
     from compress.prune import run
 
-    with tempfile.TemporaryDirectory(prefix=".compress-tokens-", dir=artifact.absolute().parent) as place:
+    with temporary.directory("kept-tokens-") as place:
         how = run.PruneOptions(None, options.seed, options.max_memory, options.threads)
         run.trim_as_before(checkpoint, model.as_request(), artifact / run.KEPT_IDS_NAME, Path(place), how)
         yield replace(model, reference=place, adapter=None, revision=None, task=model.wanted_task)
-
-
-def _state(output: Path) -> Path:
-    """Return where distillation for this output keeps how far it is: it outlives a kill."""
-    return output.absolute().parent / f".{output.name}.distillation"
 
 
 def _checked(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -> Amounts:
@@ -193,7 +192,7 @@ def _write(
         if profile.prune.searches:
             with (
                 stages.stage("search") as meter,
-                tempfile.TemporaryDirectory(dir=directory.parent, prefix=".search-") as work,
+                temporary.directory("search-") as work,
             ):
                 structure, sizes = run.prunable(opened)
                 found_sizes = find(

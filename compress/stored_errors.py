@@ -8,6 +8,7 @@ written, so that a mistake in packing shows as an error and not as a surprise at
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from compress.contracts import FloatArray
 
 SAMPLED_ROWS = 64
+Rows = list[list[float]]
 
 
 def sampled(rows: int, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -37,6 +39,22 @@ class StoredErrors:
         pairs = zip(lost.tolist(), squares.tolist(), strict=True)
         with self._lock:
             self._rows.setdefault(name, {}).update(zip(places.tolist(), pairs, strict=True))
+
+    def names(self) -> list[str]:
+        """Return the weights that something was noted of."""
+        with self._lock:
+            return sorted(self._rows)
+
+    def rows(self, name: str) -> Rows:
+        """Return what was noted of a weight: ``[row, squared error, squared norm]``, in the order of the rows."""
+        with self._lock:
+            return [[row, *pair] for row, pair in sorted(self._rows.get(name, {}).items())]
+
+    def restore(self, known: Mapping[str, Rows]) -> None:
+        """Take what :meth:`rows` returned of some weights, in an earlier run for instance."""
+        with self._lock:
+            for name, rows in known.items():
+                self._rows[name] = {int(row): (lost, power) for row, lost, power in rows}
 
     def relative(self) -> dict[str, float]:
         """Return the relative error of each weight by its name, in four digits; a weight of zeros has none.

@@ -8,6 +8,8 @@ other and written wherever they belong.
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ from compress.stored_errors import StoredErrors
 
 #: Progress after a number of weights is done: (weights done so far, weights in all).
 Progress = Callable[[int, int], None]
+#: Told the names of weights that are finished.
+Finished = Callable[[Sequence[str]], None]
+#: A flush to the disk takes a moment: it is not made for every weight of a small model.
+_TELL_SECONDS = 0.5
 
 
 class Stopped(Exception):
@@ -72,6 +78,7 @@ def write_weights(
     moments: Callable[[str], FloatArray | None] | None = None,
     done: Collection[str] = (),
     errors: StoredErrors | None = None,
+    finished: Finished | None = None,
 ) -> dict[str, AnyArray]:
     """Write every weight of the plan to its place in the data file.
 
@@ -88,6 +95,8 @@ def write_weights(
         moments: Gives the second moments of a linear's inputs, by its name; ``None`` where none are known.
         done: Tensors, by name, that were written already.
         errors: Is told how far what is stored is from what was read.
+        finished: Is told, now and then, which weights are on the disk whole. Small tensors, which are kept in memory,
+            are none of them.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -97,8 +106,11 @@ def write_weights(
     """
     keep_buffers()
     stopped = threading.Event()
-    calibration = calibrate(stopped) if calibrate is not None else None
+    needed = any(fate.scheme is not None and fate.name not in done for fate in plan.fates)
+    calibration = calibrate(stopped) if calibrate is not None and needed else None
     stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments, errors)
+    tasks = list(_tasks(plan, smoothing, done))
+    stream.ledger = _Ledger(tasks, data, finished)
     stream.written = sum(plan.by_name[name].rows * plan.by_name[name].columns for name in done)
     for name, array in (smoothing.constants if smoothing is not None else {}).items():
         stream.store.constant(plan.by_name[name].stored[0], array)
@@ -110,7 +122,7 @@ def write_weights(
     ):
         futures = [*beside]
         futures += [ahead.submit(calibration.run)] if calibration is not None else []
-        futures += [pool.submit(stream.run, task) for task in _tasks(plan, smoothing, done)]
+        futures += [pool.submit(stream.run, task) for task in tasks]
         try:
             ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
             # A thread that was stopped has only waited for the one that failed.
@@ -122,6 +134,7 @@ def write_weights(
             stopped.set()
             for future in futures:
                 future.cancel()
+    stream.ledger.flush()
     return stream.store.inline
 
 
@@ -136,6 +149,36 @@ def _tasks(plan: Plan, smoothing: Smoothing | None, done: Collection[str] = ()) 
         step = fate.rows if whole else max(1, CHUNK_WEIGHTS // fate.columns)
         for start in range(0, fate.rows, step):
             yield _Task(fate, start, min(start + step, fate.rows))
+
+
+class _Ledger:
+    """Counts tasks, and tells which weights are finished; safe from several threads."""
+
+    def __init__(self, tasks: Sequence[_Task], data: DataFile, told: Finished | None) -> None:
+        self._left = Counter(task.fate.name for task in tasks)
+        self._data, self._told = data, told
+        self._new: list[str] = []
+        self._lock, self._last = threading.Lock(), time.monotonic()
+
+    def done(self, fate: Fate) -> None:
+        """Take note of a finished task of a weight."""
+        with self._lock:
+            self._left[fate.name] -= 1
+            if not self._left[fate.name] and all(part.offset is not None for part in fate.stored):
+                self._new.append(fate.name)
+            if time.monotonic() - self._last > _TELL_SECONDS:
+                self._flush()
+
+    def flush(self) -> None:
+        """Tell what was not told yet."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        names, self._new, self._last = self._new, [], time.monotonic()
+        if names and self._told is not None:
+            self._data.sync()  # what is told to be there is there, whatever happens to the machine
+            self._told(names)
 
 
 class _Stream:
@@ -158,6 +201,7 @@ class _Stream:
         self.calibration, self.stopped = calibration, stopped
         self._progress = progress
         self.written = 0
+        self.ledger = _Ledger((), data, None)
         self._lock = threading.Lock()
 
     def run(self, task: _Task) -> None:
@@ -177,6 +221,7 @@ class _Stream:
             self.store.rows(fate.stored[0], task.start, rows.reshape(-1, *fate.stored[0].shape[1:]))
         if fate.scheme is None and fate.kind != "vector":
             self.store.floats(fate, task.start, rows)
+        self.ledger.done(fate)
         with self._lock:
             self.written += rows.size
             if self._progress is not None:

@@ -16,6 +16,8 @@ from compress import assign
 from compress.calibrate.decoder_texts import CalibrationText, calibration_windows
 from compress.contracts import Checkpoint, Decoder, Scheme
 from compress.errors import UsageError
+from compress.kept import Kept
+from compress.package.staging import sync
 from compress.planning import Plan, make_plan
 from compress.profile import Profile
 from compress.quantize import load_quantizer
@@ -32,6 +34,9 @@ _NEED_TEXT = ("channel_scales", "learn")
 WEIGHED_LIMIT = 1.2e13
 #: Tokens that losses alone are measured on: the mean of squares over them is known to a few per cent.
 LOSS_TOKENS = 2048
+
+#: What finished steps are kept as.
+_TEXT, _SENSITIVITY, _BLOCKS, _QUANTIZED = "calibration-text", "sensitivity", "blocks", "quantized-blocks"
 
 Progress = Callable[[float], None]
 
@@ -93,6 +98,7 @@ class DecoderCalibration:
         seed: Of everything that is drawn.
         memory_cap: The most bytes that a model that writes its own text may take.
         threads: Threads; the result does not depend on them.
+        kept: What an earlier run of the same export finished, and where to keep what this one does.
     """
 
     source: Mapping[str, Any]
@@ -103,6 +109,7 @@ class DecoderCalibration:
     seed: int = 0
     memory_cap: int | None = None
     threads: int = 1
+    kept: Kept | None = None
     text: CalibrationText | None = None
     schemes: dict[str, Scheme] = field(default_factory=dict)
     allocation: Allocation | None = None
@@ -115,6 +122,10 @@ class DecoderCalibration:
         Raises:
             UsageError: There is too little of it, or it cannot be read.
         """
+        known = None if self.kept is None else self.kept.value(_TEXT)
+        if known is not None and self.kept is not None:
+            self.text = CalibrationText(np.load(self.kept.file(_TEXT)), known, None)
+            return
         self.text = calibration_windows(
             self.checkpoint,
             decoder,
@@ -126,6 +137,10 @@ class DecoderCalibration:
             work=self.work,
             progress=progress,
         )
+        if self.kept is not None and self.text.content is None:  # a given text is read again in a moment
+            with self.kept.new_file(_TEXT) as stream:
+                np.save(stream, self.text.windows)
+            self.kept.keep(_TEXT, dict(self.text.record))
 
     def measure(self, plan: Plan, progress: Progress) -> Plan:
         """Measure what errors cost: which tokens matter to a linear and, under a budget, every way to store a tensor.
@@ -141,7 +156,16 @@ class DecoderCalibration:
         if not allocated and not weighted:
             return plan
         options = assign.open_tensors(plan, self.profile) if allocated else {}
-        path = self.work / ".token-weights.npz"
+        answer = self._sensitivity(options, weighted, progress)
+        return self._allocate(plan, options, answer["losses"]) if allocated else plan
+
+    def _sensitivity(self, options: Mapping[str, tuple[Scheme, ...]], weighted: bool, progress: Progress) -> Json:
+        """Return the worker's answer, or an earlier run's; where tokens are weighed, the weights are in a file then."""
+        path = self.work / ".token-weights.npz" if self.kept is None else self.kept.file(f"{_SENSITIVITY}.npz")
+        known: Json | None = None if self.kept is None else self.kept.value(_SENSITIVITY)
+        if known is not None:
+            self.token_weights = path if weighted else None
+            return known
         answer = self._run(
             "sensitivity",
             {
@@ -157,7 +181,11 @@ class DecoderCalibration:
             self.token_weights = path
         else:
             path.unlink()
-        return self._allocate(plan, options, answer["losses"]) if allocated else plan
+        if self.kept is not None:
+            if weighted:
+                sync(path)
+            self.kept.keep(_SENSITIVITY, answer)
+        return answer
 
     def _allocate(
         self, plan: Plan, options: Mapping[str, tuple[Scheme, ...]], losses: Mapping[str, list[float]]
@@ -182,18 +210,24 @@ class DecoderCalibration:
         Raises:
             SourceError: Weights or hidden states are not finite; which.
         """
-        inline = self.work / ".calibrated.npz"
-        try:
+        kept = self.kept
+        inline = self.work / ".calibrated.npz" if kept is None else kept.file(f"{_QUANTIZED}.npz")
+        answer: Json | None = None if kept is None else kept.value(_QUANTIZED)
+        if answer is None:
             weights = None if self.token_weights is None else str(self.token_weights)
-            more = {"data": str(data), "inline": str(inline), "token_weights": weights}
+            state = None if kept is None else str(kept.file(_BLOCKS))
+            more = {"data": str(data), "inline": str(inline), "token_weights": weights, "state": state}
             answer = self._run("quantize", more, progress)
-            with np.load(inline) as stored:
-                small = {name: stored[name] for name in stored.files}
-        finally:
-            inline.unlink(missing_ok=True)
+            if kept is not None:
+                sync(inline)
+                kept.keep(_QUANTIZED, answer)
+                kept.file(_BLOCKS).unlink(missing_ok=True)
+        with np.load(inline) as stored:
+            small = {name: stored[name] for name in stored.files}
+        if kept is None:
+            inline.unlink()
             if self.token_weights is not None:
                 self.token_weights.unlink()
-                self.token_weights = None
         self.errors = answer["errors"]
         return Written(tuple(answer["written"]), small, answer["errors"], answer["stored_errors"])
 

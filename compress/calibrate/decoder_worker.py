@@ -8,9 +8,9 @@ length]``), ``workers`` (threads), and ``job``:
   (.npz) -> ``losses`` {weight: [nats a token, in the order of the schemes]}; how much each token matters to each linear
   is written to ``token_weights`` (:mod:`compress.calibrate.fisher`);
 - ``quantize``: ``data`` (the data file, its space claimed), ``inline`` (.npz), ``token_weights`` (.npz or null: every
-  token counts the same) -> ``written`` [names of the tensors
-  that are in the data file or, the small ones, in ``inline``], ``errors`` {linear: share of its outputs' power},
-  ``stored_errors`` {weight: its relative error}.
+  token counts the same), ``state`` (a file that says after every block how far it is, to go on from; or null) ->
+  ``written`` [names of the tensors that are in the data file or, the small ones, in ``inline``], ``errors`` {linear:
+  share of its outputs' power}, ``stored_errors`` {weight: its relative error}.
 
 In memory are one block, the hidden states of the calibration tokens, and the inputs of one linear with their second
 moments. Sums are made by one thread each, over pieces that do not depend on how many threads there are.
@@ -48,6 +48,7 @@ from compress.planning import Fate, Plan, make_plan
 from compress.profile import Profile, parse_profile
 from compress.quantize import load_quantizer
 from compress.reading import CHUNK_WEIGHTS, read_rows
+from compress.state_file import read_arrays, write_arrays
 from compress.store import Store, compared, restored
 from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
 from compress.validation.streaming import Call, StreamedModel
@@ -101,8 +102,10 @@ class Quantization:
         data: DataFile,
         token_weights: Mapping[str, FloatArray],
         progress: Callable[[float], None],
+        state: Path | None = None,
     ) -> None:
         self.given, self.token_weights, self.progress = calibration, token_weights, progress
+        self._data, self._state = data, state
         self.quantizer: Quantizer = load_quantizer(calibration.profile.quantize.quantizer)
         self.store = Store(calibration.plan, data)
         self.errors: dict[str, float] = {}
@@ -110,7 +113,7 @@ class Quantization:
 
     def run(self) -> None:
         """Quantize and store everything whose inputs calibration shows."""
-        hidden = self.given.model.visit_blocks(self.given.windows, self._visit)
+        hidden = self.given.model.visit_blocks(self.given.windows, self._visit, known=self._restore())
         inputs = np.ascontiguousarray(hidden.flatten(0, -2).numpy())
         self._head(inputs)
         self.progress(1.0)
@@ -128,8 +131,31 @@ class Quantization:
             self.store.quantized(fates[linear.name], 0, results[linear.name], before[linear.name])
             self.written.append(linear.name)
         result = block.outputs()
+        self._save(index + 1, result)
         self.progress(_BLOCKS_SHARE * (index + 1) / given.decoder.layers)
         return result
+
+    def _save(self, done: int, hidden: torch.Tensor) -> None:
+        """Keep how far it is: what was written is on the disk before anything says so."""
+        if self._state is None:
+            return
+        self._data.sync()
+        rows = {name: self.store.errors.rows(name) for name in self.store.errors.names()}
+        told = {"done": done, "written": self.written, "errors": self.errors, "stored_errors": rows}
+        arrays = {f"inline/{name}": array for name, array in self.store.inline.items()}
+        write_arrays(self._state, {"hidden": hidden.numpy(), **arrays}, told)
+
+    def _restore(self) -> tuple[int, torch.Tensor] | None:
+        """Take up what an earlier run kept; return how many blocks are done, and the outputs of the last."""
+        if self._state is None or not self._state.is_file():
+            return None
+        arrays, told = read_arrays(self._state)
+        self.written, self.errors = list(told["written"]), dict(told["errors"])
+        self.store.errors.restore(told["stored_errors"])
+        self.store.inline.update(
+            {name.removeprefix("inline/"): array for name, array in arrays.items() if name.startswith("inline/")}
+        )
+        return int(told["done"]), torch.from_numpy(arrays["hidden"])
 
     def _results(self, block: Block, wanted: list[BlockLinear]) -> Mapping[str, QuantizedRows]:
         """Quantize a block's linears, one after the other or together; the block computes with them from then on."""
@@ -248,7 +274,8 @@ def _quantize(calibration: Calibration, request: Json, progress: Callable[[float
         with np.load(request["token_weights"]) as stored:
             weights = {name: stored[name] for name in stored.files}
     with DataFile.reopen(Path(request["data"])) as data:
-        work = Quantization(calibration, data, weights, progress)
+        state = None if request["state"] is None else Path(request["state"])
+        work = Quantization(calibration, data, weights, progress, state)
         work.run()
         inline: dict[str, Any] = dict(work.store.inline)
         np.savez(request["inline"], **inline)

@@ -11,13 +11,13 @@ and sine) come out with their values.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from compress import temporary
+from compress.children import follow_parent, run_module
 from compress.errors import WorkerError
 
 _TIMEOUT_SECONDS = 600
@@ -34,25 +34,11 @@ def build_skeleton(
     Raises:
         WorkerError: It failed or took too long; the message holds the last line of its log.
     """
-    command = [sys.executable, "-m", "compress.graph.skeleton", str(config_directory.resolve()), str(output.resolve())]
-    command += [task] if task else []
-    # Offline, or a local directory is looked up on the hub first, for minutes. One thread: nothing here is parallel.
-    offline = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    arguments = [str(config_directory.resolve()), str(output.resolve()), *([task] if task else [])]
+    # One thread: nothing here is parallel.
+    variables = {**(environment or {}), "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
-            command,
-            env={**(environment or os.environ), **offline},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
+        done = run_module("compress.graph.skeleton", *arguments, timeout=_TIMEOUT_SECONDS, environment=variables)
     except subprocess.TimeoutExpired:
         raise WorkerError(f"building the graph skeleton took more than {_TIMEOUT_SECONDS} s") from None
     if done.returncode or not output.is_file():
@@ -78,7 +64,7 @@ def _work(config_directory: str, output: str, task: str = "") -> None:
 
     from compress.graph.kept_heads import resized_config
 
-    with tempfile.TemporaryDirectory(prefix="compress-skeleton-") as place:
+    with temporary.directory("compress-skeleton-") as place:
         directory = resized_config(Path(config_directory), Path(place))
         # Without an explicit float32 a bfloat16 checkpoint silently gets an unfused attention on CPU.
         package = mobius.build(str(directory), load_weights=False, execution_provider="cpu", dtype="f32")
@@ -94,4 +80,5 @@ def _work(config_directory: str, output: str, task: str = "") -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     _work(*sys.argv[1:])

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import providers
+from compress import providers, temporary
 from compress.contracts import Encoder, Runtime, Structure
 from compress.errors import CompressError, ProviderError, UsageError
 from compress.package.qnn_samples import Samples, decoder_samples, encoder_samples, input_shapes
@@ -124,7 +123,7 @@ def write(package: Package) -> None:
 
 def run_on_cpu(model: Path, soc: str, samples: Samples, *, runtime: Runtime) -> Samples:
     """Return a graph's outputs on samples, a sample a row, from ONNX Runtime's CPU provider."""
-    with tempfile.TemporaryDirectory(prefix="compress-qnn-") as place:
+    with temporary.directory("compress-qnn-") as place:
         given, output = Path(place) / "samples.npz", Path(place) / "outputs.npz"
         np.savez(given, **samples)  # type: ignore[arg-type]
         _ask("run", runtime, model=model, soc=soc, samples=given, output=output, provider="cpu")

@@ -39,6 +39,14 @@ class DataFile:
             raise
 
     @classmethod
+    def claim(cls, path: Path, size: int, *, kept: bool) -> DataFile:
+        """Open the file anew; where what is in it is ``kept``, and it has the size, as it is."""
+        if kept and path.is_file() and path.stat().st_size == size:
+            return cls.reopen(path)
+        path.unlink(missing_ok=True)
+        return cls(path, size)
+
+    @classmethod
     def reopen(cls, path: Path) -> DataFile:
         """Open a file whose space was claimed, in another process that writes its share of it."""
         file = cls.__new__(cls)
@@ -61,6 +69,10 @@ class DataFile:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise no_space(self.path.parent, len(view)) from None
             raise
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        os.fdatasync(self._descriptor) if hasattr(os, "fdatasync") else os.fsync(self._descriptor)
 
     def close(self, *, sync: bool = True) -> None:
         """Flush to the disk (``sync``) and close; a second call does nothing."""

@@ -6,14 +6,14 @@ transformers imports torch to do this. So it is run as ``python -m compress.prun
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress import temporary
+from compress.children import follow_parent, run_module
 from compress.errors import SourceError
 from compress.prune._tokenizer_json import TOKENIZER_NAME
 
@@ -30,14 +30,10 @@ def with_tokenizer_json(directory: Path) -> Iterator[Path]:
     if (directory / TOKENIZER_NAME).is_file():
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="compress-tokenizer-") as made:
+    with temporary.directory("compress-tokenizer-") as made:
         output = Path(made)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", __name__, str(directory.resolve()), str(output)]
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-            )
+            done = run_module(__name__, str(directory.resolve()), str(output), timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise SourceError("reading the tokenizer took longer than 5 minutes", where=directory.name) from error
         if done.returncode != 0 or not (output / TOKENIZER_NAME).is_file():
@@ -65,4 +61,5 @@ def _convert(directory: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -6,7 +6,6 @@ user's own domain do more than the embedded text.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from compress import temporary
 from compress.errors import UsageError
 from compress.pooling import DEFAULT
 from compress.source.sentence_transformers import Pooling
@@ -130,7 +130,7 @@ def distill(
         "output": str(output),
         "state": None if state is None else str(state),
     }
-    with tempfile.TemporaryDirectory(prefix="compress-distill-") as place:
+    with temporary.directory("compress-distill-") as place:
         if isinstance(texts, Encoded):
             path = Path(place) / "texts.npz"
             texts.save(path)

@@ -139,7 +139,7 @@ def _measure(
     from compress.prune import run
 
     def measure(amounts: Amounts) -> float:
-        with tempfile.TemporaryDirectory(prefix=".candidate-", dir=work) as place:
+        with tempfile.TemporaryDirectory(prefix="candidate-", dir=work) as place:
             directory = Path(place)
             run.prune(checkpoint, source, profile, amounts, directory, options, lambda fraction: None)
             wanted = profile.model_copy(update={"prune": profile.prune.model_copy(update={"tokens": _MEASURED_TOKENS})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from datetime import UTC, datetime
@@ -65,6 +66,13 @@ def cpu(cpuinfo: str) -> tuple[str, frozenset[str]]:
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or fields.get("Model") or fields.get("Hardware") or ""
     return name, frozenset((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def processor() -> dict[str, str]:
+    """Return what the order of floating-point sums may depend on: architecture, processor, its instruction sets."""
+    name, flags = cpu(_text("/proc/cpuinfo"))
+    digest = hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()[:16]
+    return {"architecture": platform.machine(), "name": name, "flags": digest}
 
 
 def _memory(meminfo: str) -> int | None:

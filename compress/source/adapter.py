@@ -268,6 +268,10 @@ class AdapterCheckpoint(BaseCheckpoint):
         """Return the base's files and the adapter's (as ``adapter/NAME``) with their SHA-256."""
         return (*self._base.files(), *super().files())
 
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the base's and the adapter's."""
+        return {**self._base.stamps(), **super().stamps()}
+
     def close(self) -> None:
         """Close the adapter and the base."""
         self._weights.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from compress import temporary
 from compress.contracts import Checkpoint, FloatArray, SourceFile, TensorInfo
 from compress.errors import SourceError, UnsupportedModelError
 from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object, sha256_of
@@ -159,6 +159,11 @@ class BaseCheckpoint:
             )
         return self._files
 
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """Return what tells whether a file of the source was written to: size, time of change, by name (no reading)."""
+        found = {name: path.stat() for name, path in self._paths().items()}
+        return {name: (item.st_size, item.st_mtime_ns, item.st_ctime_ns) for name, item in found.items()}
+
     def sidecars(self) -> Mapping[str, Path]:
         """Return the tokenizer, template, generation and sentence-transformers files there are, by name."""
         return find_sidecars(self.directory)
@@ -188,7 +193,7 @@ class BaseCheckpoint:
 
     def _temporary_directory(self) -> Path:
         """Make a directory that lives as long as the checkpoint."""
-        path = Path(tempfile.mkdtemp(prefix="compress-source-"))
+        path = temporary.make("compress-source-")
         self._temporary = weakref.finalize(self, shutil.rmtree, path, True)
         return path
 

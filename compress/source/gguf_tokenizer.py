@@ -7,13 +7,13 @@ memory must not take. So it is run as ``python -m compress.source.gguf_tokenizer
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.children import follow_parent, run_module
 from compress.errors import SourceError
 
 TIMEOUT_SECONDS = 300
@@ -44,12 +44,8 @@ def write_tokenizer(model: Path, metadata: Mapping[str, Any], directory: Path) -
     _write_json(directory / "generation_config.json", generation)
     if not metadata.get("tokenizer.ggml.tokens"):
         return
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", __name__, str(model.resolve()), str(directory.resolve())]
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
+        done = run_module(__name__, str(model.resolve()), str(directory.resolve()), timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise SourceError("rebuilding the tokenizer took longer than 5 minutes", where=model.name) from error
     if done.returncode != 0:
@@ -108,4 +104,5 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     _rebuild(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,12 +7,12 @@ that leaks shows as drift.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from compress import temporary
 from compress.errors import CompressError, UsageError
 from compress.report.model import EncoderDrift, Stage
 from compress.validation.artifact import DECODING, Artifact, open_artifact
@@ -28,7 +28,6 @@ from compress.validation.run import (
     Validation,
     measure_from_cpu,
     output_of,
-    scratch_directory,
     since,
     skip_speed,
     verdicts,
@@ -112,7 +111,7 @@ def run_encoder_validation(
     source = None if checkpoint_spec is None else Source(checkpoint_spec, pooling, normalize, memory_cap)
     stages: list[Stage] = []
     results: dict[str, Measured] = {name: Measured() for name in providers}
-    with tempfile.TemporaryDirectory(prefix=".compress-validate-", dir=scratch_directory(artifact)) as scratch:
+    with temporary.directory("compress-validate-") as scratch:
         work = Path(scratch)
         reference = None
         if source is not None:

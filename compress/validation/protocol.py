@@ -11,13 +11,12 @@ This module is read by foreign interpreters: the standard library and numpy only
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -25,14 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import errors
+from compress import errors, temporary
+from compress.children import follow_parent
 from compress.contracts import Runtime
-from compress.errors import CompressError, WorkerError
+from compress.errors import CompressError, ResourceError, WorkerError, WorkerKilledError
 
 PROTOCOL_VERSION = 1
 POLL_SECONDS = 0.05
 LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 4096
+#: Less free space than this does not hold an answer.
+_LEAST_ROOM = 1 << 20
 
 Json = dict[str, Any]
 Handler = Callable[[Json, Path], Json]
@@ -80,7 +82,7 @@ def run_worker(
         WorkerError: It could not start, crashed, hung, or answered nonsense.
         CompressError: What the worker raised, by its class.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-worker-") as place:
+    with temporary.directory("compress-worker-") as place:
         job = Path(place)
         _link_package(job)
         (job / "request.json").write_text(json.dumps({**request, "protocol": PROTOCOL_VERSION}))
@@ -170,6 +172,8 @@ def _child_environment(job: Path, threads: int, own_variables: Mapping[str, str]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(max(1, threads))
     own = str(job / "path")
+    # What the worker's libraries leave lying about goes with the job, also when the worker is killed.
+    environment["TMPDIR"] = str(job)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = f"{own}{os.pathsep}{inherited}" if inherited else own
     environment.update(
@@ -191,11 +195,17 @@ def _read_response(module: str, request: Mapping[str, Any], job: Path, code: int
     where = _subject(request)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        killed = ": out of memory, or somebody killed it" if name == "SIGKILL" else ""
-        raise WorkerError(f"the {module} worker crashed with {name}{killed}", where=where, hint=_shown(tail))
+        if name == "SIGKILL":
+            raise WorkerKilledError(
+                f"the {module} worker crashed with {name}: out of memory, or somebody killed it",
+                where=where,
+                hint=_shown(tail),
+            )
+        raise WorkerError(f"the {module} worker crashed with {name}", where=where, hint=_shown(tail))
     try:
         response = json.loads((job / "response.json").read_text())
     except FileNotFoundError:
+        _require_room(job)
         raise WorkerError(
             f"the {module} worker ended with code {code} and no answer", where=where, hint=_shown(tail)
         ) from None
@@ -211,6 +221,20 @@ def _read_response(module: str, request: Mapping[str, Any], job: Path, code: int
         raise WorkerError(f"the {module} worker answered without results", where=where, hint=_shown(tail))
     response["log"] = tail
     return response
+
+
+def _require_room(job: Path) -> None:
+    """Tell a full disk, which an answer and a log need as well.
+
+    Raises:
+        ResourceError: There is no room.
+    """
+    if shutil.disk_usage(job).free < _LEAST_ROOM:
+        raise ResourceError(
+            "no space is left for temporary files",
+            where=str(job.parent),
+            hint="free some space, or set TMPDIR to a place that has some",
+        )
 
 
 def _rebuilt(module: str, error: object, where: str | None, tail: str) -> CompressError:
@@ -241,7 +265,7 @@ def serve(handler: Handler, arguments: list[str] | None = None) -> int:
         print("this module is a worker of compress and is started by it", file=sys.stderr)
         return errors.EXIT_USAGE
     job, parent = Path(given[0]), int(given[1])
-    _die_with_parent(parent)
+    follow_parent(parent)
     request = json.loads((job / "request.json").read_text())
     response: Json
     try:
@@ -282,13 +306,3 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process with its parent (Linux); leave at once if it is already gone."""
-    if not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit(errors.EXIT_FAILED)

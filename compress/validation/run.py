@@ -6,8 +6,6 @@ to fail, not an exception; what goes wrong with the request (no text, no disk, n
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from compress import temporary
 from compress.errors import CompressError, UsageError
 from compress.report.model import (
     AnyDrift,
@@ -157,7 +156,7 @@ def run_validation(
     stages: list[Stage] = []
     results: dict[str, Measured] = {name: Measured() for name in providers}
     sampling = Sampling(opened, sample_tokens)
-    with tempfile.TemporaryDirectory(prefix=".compress-validate-", dir=scratch_directory(artifact)) as scratch:
+    with temporary.directory("compress-validate-") as scratch:
         work = Path(scratch)
         reference = None
         if checkpoint_spec is not None:
@@ -534,11 +533,6 @@ def _check_lengths(artifact: Artifact, window: int, plan: SpeedPlan) -> None:
     ):
         if length > context:
             raise UsageError(f"{what} of {length} tokens is longer than the model's context of {context}")
-
-
-def scratch_directory(artifact: Path) -> Path:
-    """Return where outputs go: ``TMPDIR`` if it is set, else beside the artifact (/tmp may be memory)."""
-    return Path(tempfile.gettempdir()) if os.environ.get("TMPDIR") else artifact.resolve().parent
 
 
 def since(start: float) -> float:

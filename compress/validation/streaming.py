@@ -89,13 +89,20 @@ class StreamedModel:
 
         return self.visit_blocks(windows, visit, progress)
 
-    def visit_blocks(self, windows: npt.NDArray[np.int64], visit: Visit, progress: Any = None) -> torch.Tensor:
+    def visit_blocks(
+        self,
+        windows: npt.NDArray[np.int64],
+        visit: Visit,
+        progress: Any = None,
+        known: tuple[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Go through the blocks in order, each filled while it is visited; return the last hidden states.
 
         Args:
             windows: Token ids int64 ``[windows, length]``.
             visit: Gives a block's outputs; it may change the block's weights, which are dropped afterwards.
             progress: Called with the fraction of the blocks that are done, when their weights are dropped.
+            known: How many blocks need not be visited, and the outputs of the last of them.
         """
         for module in self._resident():
             self._fill(module, recurse=False)
@@ -103,7 +110,10 @@ class StreamedModel:
         rows = self._rows(used)
         self._embedding.weight = torch.nn.Parameter(torch.from_numpy(rows), requires_grad=False)
         for index, layer in enumerate(self._layers):
-            layer.forward = self._streamed(layer, index, visit, progress)
+            if known is not None and index < known[0]:
+                layer.forward = _answering(known[1])
+            else:
+                layer.forward = self._streamed(layer, index, visit, progress)
         ids = torch.from_numpy(renumbered.reshape(windows.shape))
         hidden: torch.Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         for layer in self._layers:
@@ -295,6 +305,10 @@ def sliced(value: Any, rows: slice, batch: int) -> Any:
     if isinstance(value, tuple):
         return tuple(sliced(item, rows, batch) for item in value)
     return value
+
+
+def _answering(hidden: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda *_, **__: hidden
 
 
 def _empty(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

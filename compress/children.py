@@ -1,0 +1,73 @@
+"""Short-lived child processes of this package's own modules: they end with their parent, and leave nothing behind.
+
+The standard library only: workers under other interpreters read this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from compress import temporary
+from compress.errors import EXIT_FAILED
+
+_PARENT = "COMPRESS_PARENT"
+
+
+def run_module(
+    name: str, *arguments: str, timeout: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m name`` offline and wait for it; its temporary files go where this thread's go.
+
+    Args:
+        name: A module that calls :func:`follow_parent` first.
+        arguments: Its arguments.
+        timeout: Seconds.
+        environment: Variables, over those of this process.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer, and was killed.
+    """
+    variables = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **(environment or {}),
+        "TMPDIR": str(temporary.place()),
+        _PARENT: str(os.getpid()),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+
+
+def follow_parent(parent: int | None = None) -> None:
+    """Ask the kernel to end this process with its parent (Linux); leave at once if that is already gone.
+
+    Args:
+        parent: Its process id; by default what :func:`run_module` said, if it started this process.
+    """
+    if parent is None:
+        told = os.environ.get(_PARENT)
+        if told is None:
+            return
+        parent = int(told)
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit(EXIT_FAILED)
