@@ -94,7 +94,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, sys, time, pathlib\n"
         "from compress.validation import protocol\n"
-        "protocol._die_with_parent(os.getppid())\n"
+        "protocol.follow_parent(os.getppid())\n"
         f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
@@ -160,7 +160,7 @@ def test_progress_is_passed_on(tmp_path: Path) -> None:
 
 def test_the_job_directory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(protocol.tempfile, "tempdir", None)
+    monkeypatch.setattr("tempfile.tempdir", None)
     with pytest.raises(CompressError):
         protocol.run_worker("nothing", {}, timeout=30)
     assert list(tmp_path.iterdir()) == []
