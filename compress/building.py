@@ -6,6 +6,7 @@ source's files, and the places that the plan gives to tensors.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compress.contracts import Checkpoint, SourceFile
 from compress.errors import SourceError
@@ -27,6 +30,7 @@ from compress.planning import Plan
 from compress.profile import Profile
 from compress.report.environment import processor
 from compress.report.model import TensorRecord
+from compress.store import AnyArray
 from compress.stored_errors import StoredErrors
 
 if TYPE_CHECKING:
@@ -135,21 +139,38 @@ def _digests(files: Sequence[SourceFile]) -> list[list[Any]]:
 
 
 class Weights:
-    """The weights that are on the disk whole, an earlier run's among them."""
+    """The weights that are finished, an earlier run's among them.
+
+    Attributes:
+        names: An earlier run's.
+        inline: Their tensors that are not in the data file.
+    """
 
     def __init__(self, kept: Kept | None, errors: StoredErrors) -> None:
         self._kept, self._errors = kept, errors
         self.names: set[str] = set()
+        self.inline: dict[str, AnyArray] = {}
         for entry in [] if kept is None else kept.values(_WEIGHTS):
             self.names.update(entry["names"])
             errors.restore(entry["errors"])
+            self.inline.update({name: _array(told) for name, told in entry["inline"].items()})
 
-    def add(self, names: Sequence[str]) -> None:
-        """Take note of finished weights."""
-        if self._kept is not None:
-            self._kept.keep(
-                _WEIGHTS, {"names": list(names), "errors": {name: self._errors.rows(name) for name in names}}
-            )
+    def add(self, names: Sequence[str], inline: Mapping[str, AnyArray]) -> None:
+        """Take note of finished weights, and of their tensors that are not in the data file."""
+        if self._kept is None:
+            return
+        small = {name: _text(array) for name, array in inline.items()}
+        rows = {name: self._errors.rows(name) for name in names}
+        self._kept.keep(_WEIGHTS, {"names": list(names), "errors": rows, "inline": small})
+
+
+def _text(array: AnyArray) -> list[Any]:
+    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
+
+
+def _array(told: Sequence[Any]) -> AnyArray:
+    dtype, shape, content = told
+    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
 
 
 @contextmanager

@@ -436,7 +436,7 @@ def build(
                     errors=errors,
                     finished=finished.add,
                 )
-                inline |= {} if written is None else written.inline
+                inline |= finished.inline | ({} if written is None else dict(written.inline))
                 (directory / STATISTICS_NAME).unlink(missing_ok=True)
             with stages.stage("graph"):
                 built.result()

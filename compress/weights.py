@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,8 +29,8 @@ from compress.stored_errors import StoredErrors
 
 #: Progress after a number of weights is done: (weights done so far, weights in all).
 Progress = Callable[[int, int], None]
-#: Told the names of weights that are finished.
-Finished = Callable[[Sequence[str]], None]
+#: Told the names of weights that are finished, and the small tensors among them.
+Finished = Callable[[Sequence[str], Mapping[str, AnyArray]], None]
 #: A flush to the disk takes a moment: it is not made for every weight of a small model.
 _TELL_SECONDS = 0.5
 
@@ -95,8 +95,8 @@ def write_weights(
         moments: Gives the second moments of a linear's inputs, by its name; ``None`` where none are known.
         done: Tensors, by name, that were written already.
         errors: Is told how far what is stored is from what was read.
-        finished: Is told, now and then, which weights are on the disk whole. Small tensors, which are kept in memory,
-            are none of them.
+        finished: Is told, now and then, which weights are finished, and their tensors that are too small for the file;
+            all else of them is on the disk then.
 
     Returns:
         The tensors that are too small for the data file, by planned name.
@@ -110,7 +110,7 @@ def write_weights(
     calibration = calibrate(stopped) if calibrate is not None and needed else None
     stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments, errors)
     tasks = list(_tasks(plan, smoothing, done))
-    stream.ledger = _Ledger(tasks, data, finished)
+    stream.ledger = _Ledger(tasks, stream.store, finished)
     stream.written = sum(plan.by_name[name].rows * plan.by_name[name].columns for name in done)
     for name, array in (smoothing.constants if smoothing is not None else {}).items():
         stream.store.constant(plan.by_name[name].stored[0], array)
@@ -154,18 +154,18 @@ def _tasks(plan: Plan, smoothing: Smoothing | None, done: Collection[str] = ()) 
 class _Ledger:
     """Counts tasks, and tells which weights are finished; safe from several threads."""
 
-    def __init__(self, tasks: Sequence[_Task], data: DataFile, told: Finished | None) -> None:
+    def __init__(self, tasks: Sequence[_Task], store: Store, told: Finished | None) -> None:
         self._left = Counter(task.fate.name for task in tasks)
-        self._data, self._told = data, told
-        self._new: list[str] = []
+        self._store, self._told = store, told
+        self._new: list[Fate] = []
         self._lock, self._last = threading.Lock(), time.monotonic()
 
     def done(self, fate: Fate) -> None:
         """Take note of a finished task of a weight."""
         with self._lock:
             self._left[fate.name] -= 1
-            if not self._left[fate.name] and all(part.offset is not None for part in fate.stored):
-                self._new.append(fate.name)
+            if not self._left[fate.name]:
+                self._new.append(fate)
             if time.monotonic() - self._last > _TELL_SECONDS:
                 self._flush()
 
@@ -175,10 +175,11 @@ class _Ledger:
             self._flush()
 
     def _flush(self) -> None:
-        names, self._new, self._last = self._new, [], time.monotonic()
-        if names and self._told is not None:
-            self._data.sync()  # what is told to be there is there, whatever happens to the machine
-            self._told(names)
+        fates, self._new, self._last = self._new, [], time.monotonic()
+        if fates and self._told is not None:
+            self._store.data.sync()  # what is told to be there is there, whatever happens to the machine
+            small = [part.name for fate in fates for part in fate.stored if part.offset is None]
+            self._told([fate.name for fate in fates], {name: self._store.inline[name] for name in small})
 
 
 class _Stream:
@@ -201,7 +202,7 @@ class _Stream:
         self.calibration, self.stopped = calibration, stopped
         self._progress = progress
         self.written = 0
-        self.ledger = _Ledger((), data, None)
+        self.ledger = _Ledger((), self.store, None)
         self._lock = threading.Lock()
 
     def run(self, task: _Task) -> None:
