@@ -6,14 +6,16 @@ The standard library only: workers under other interpreters read this.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from compress import temporary
-from compress.errors import EXIT_FAILED
+from compress.errors import EXIT_FAILED, ResourceError
 
 _PARENT = "COMPRESS_PARENT"
 
@@ -52,6 +54,22 @@ def run_module(
         timeout=timeout,
         check=False,
     )
+
+
+def require_room(log: str, place: Path) -> None:
+    """Tell a full disk from other failures of a child.
+
+    Args:
+        log: What it said on standard error.
+        place: Where it was writing.
+
+    Raises:
+        ResourceError: It had no room.
+    """
+    if f"[Errno {errno.ENOSPC}]" in log or f"[Errno {errno.EDQUOT}]" in log:
+        raise ResourceError(
+            "no space is left on the disk", where=str(place), hint="free some space, or choose another place with -o"
+        )
 
 
 def follow_parent(parent: int | None = None) -> None:

@@ -6,6 +6,7 @@ Results go to standard output, progress and logs to standard error. Nothing heav
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -450,7 +451,13 @@ def run(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         where = f"\n  in: {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", EXIT_FAILED)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "\n  try: free some space, or choose another place with -o" if full else ""
+        return _fail(f"{error.strerror or error}{where}{hint}", EXIT_FAILED)
+    except MemoryError:
+        if debug:
+            traceback.print_exc()
+        return _fail("memory ran out\n  try: --max-memory to be told before, and --threads 1", EXIT_FAILED)
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -7,7 +7,6 @@ another's.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.package.writer import no_space
+from compress.package.writer import disk_full, is_full
 
 FORMAT = 1
 #: More is no journal of ours.
@@ -104,8 +103,8 @@ class Journal:
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, end)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise no_space(self._path.parent, len(line)) from None
+            if is_full(error):
+                raise disk_full(self._path) from None
             raise
 
 

@@ -22,6 +22,7 @@ from compress.journal import Journal
 from compress.kept import NOTES, Kept
 from compress.lock import held, held_directory, holder
 from compress.package.staging import check_output, sync
+from compress.package.writer import disk_full, is_full
 
 _RESULT, _STATE, _SCRATCH, _LOCK, _JOURNAL = "result", "state", "scratch", "lock", "journal"
 #: The journal's entry before the result takes its place, and of a scratch directory that lies elsewhere.
@@ -144,6 +145,8 @@ def opened(output: Path, basis: Mapping[str, Any], *, fresh: bool = False) -> It
                 earlier = stack.enter_context(held(root / _LOCK, what="writing to it", where=output))
                 space = _prepared(root, output, basis, fresh)
             except OSError as error:
+                if is_full(error):
+                    raise disk_full(output.parent) from None
                 raise CompressError(
                     f"cannot write there: {error.strerror}",
                     where=str(output.parent),

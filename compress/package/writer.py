@@ -34,7 +34,7 @@ class DataFile:
         except OSError as error:
             self.close(sync=False)
             path.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if is_full(error):
                 raise no_space(path.parent, size) from None
             raise
 
@@ -66,8 +66,8 @@ class DataFile:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise no_space(self.path.parent, len(view)) from None
+            if is_full(error):
+                raise disk_full(self.path) from None
             raise
 
     def sync(self) -> None:
@@ -116,6 +116,18 @@ def require_space(directory: Path, needed: int) -> None:
     """
     if shutil.disk_usage(existing_parent(directory)).free < needed + _HEADROOM_BYTES:
         raise no_space(directory, needed + _HEADROOM_BYTES)
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that a disk, a quota or a file has no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(path: Path) -> ResourceError:
+    """Return the error for a write that found no room."""
+    return ResourceError(
+        "no space is left on the disk", where=str(path), hint="free some space, or choose another place with -o"
+    )
 
 
 def no_space(directory: Path, needed: int) -> ResourceError:

@@ -11,6 +11,7 @@ This module is read by foreign interpreters: the standard library and numpy only
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -275,6 +276,11 @@ def serve(handler: Handler, arguments: list[str] | None = None) -> int:
     except CompressError as error:
         detail = {"class": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
         response = {"status": "error", "error": detail}
+    except MemoryError as error:
+        response = {"status": "error", "error": _no_memory(error)}
+    except OSError as error:
+        traceback.print_exc()
+        response = {"status": "error", "error": _system_error(error)}
     except Exception as error:  # noqa: BLE001 - whatever went wrong in a runtime is an answer, with its trace in the log
         traceback.print_exc()
         response = {"status": "error", "error": {"class": None, "what": f"{type(error).__name__}: {error}"}}
@@ -283,6 +289,18 @@ def serve(handler: Handler, arguments: list[str] | None = None) -> int:
     partial.write_text(json.dumps(response))
     partial.replace(job / "response.json")
     return 0
+
+
+def _no_memory(error: MemoryError) -> Json:
+    what = f"memory ran out: {str(error).splitlines()[0]}" if str(error) else "memory ran out"
+    return {"class": "ResourceError", "what": what, "hint": "close other programs, or --threads 1, or a larger machine"}
+
+
+def _system_error(error: OSError) -> Json:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "free some space, or choose another place with -o or TMPDIR"
+        return {"class": "ResourceError", "what": "no space is left on the disk", "where": error.filename, "hint": hint}
+    return {"class": None, "what": f"{type(error).__name__}: {error}"}
 
 
 def report_progress(job: Path, fraction: float) -> None:
