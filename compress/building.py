@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import platform
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +105,20 @@ def check_source(space: Workspace, source: Checkpoint) -> None:
         kept.keep(_SOURCE, stamps)
 
 
-def digests(source: Checkpoint, kept: Kept) -> Sequence[SourceFile]:
-    """Return the source's files with their digests, and keep those."""
-    files = source.files()
-    kept.keep(_DIGESTS, _digests(files))
-    return files
+def digests(source: Checkpoint, kept: Kept) -> Future[Sequence[SourceFile]]:
+    """Start digesting the source's files in a thread, and keep the digests; nothing waits for it on a failure."""
+    found: Future[Sequence[SourceFile]] = Future()
+
+    def work() -> None:
+        try:
+            files = source.files()
+            kept.keep(_DIGESTS, _digests(files))
+            found.set_result(files)
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            found.set_exception(error)
+
+    threading.Thread(target=work, name="digest", daemon=True).start()
+    return found
 
 
 def require_unchanged(source: Checkpoint, kept: Kept) -> None:

@@ -89,9 +89,10 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        with self._lock:  # another thread's entry must not go to a file that got the same number
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
 
     def _append(self, name: str, value: Any) -> None:
         line = json.dumps({"name": name, "value": value}, allow_nan=False).encode() + b"\n"

@@ -220,78 +220,77 @@ def _export(
         targets = _targets(profile, structure)
         for target in targets:
             target.check(wish)  # what is damaged is found out now, not after the weights
-        _require(wish, targets, space.output, options)
-    with ThreadPoolExecutor(1) as background:
-        digests = background.submit(building.digests, origin, kept)
-        calibration = _calibration(model, checkpoint, plan, profile, options)
-        decoding = _decoding(model, checkpoint, plan, profile, options, directory, kept)
-        if decoding is not None:
-            plan = calibrate_decoder(decoding, plan, stages)
-            _require(Wish(checkpoint, plan, profile), targets, space.output, options)
-        built = build(
-            checkpoint,
+        _require(wish, targets, space, options)
+    digests = building.digests(origin, kept)
+    calibration = _calibration(model, checkpoint, plan, profile, options)
+    decoding = _decoding(model, checkpoint, plan, profile, options, directory, kept)
+    if decoding is not None:
+        plan = calibrate_decoder(decoding, plan, stages)
+        _require(Wish(checkpoint, plan, profile), targets, space, options)
+    built = build(
+        checkpoint,
+        plan,
+        profile,
+        directory,
+        options.threads,
+        stages,
+        seed=options.seed,
+        pool=pool,
+        calibration=calibration,
+        decoding=decoding,
+        activations=_activations(checkpoint, structure, profile, options),
+        kept=kept,
+    )
+    record = manifest.build_manifest(
+        origin,
+        profile,
+        seed=options.seed,
+        files=digests.result(),
+        adapter={"directory": adapter.name} if adapter else None,
+    )
+    building.require_unchanged(origin, kept)
+    record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
+    record["tensors"] = [item.model_dump(mode="json") for item in built.tensors]
+    if made is not None:
+        record["pruning"] = dict(made.record)
+        pruning.copy_kept_ids(made, directory)
+    if built.calibration is not None:
+        record["calibration"] = dict(built.calibration)
+    proved = _calibrated(decoding)
+    if proved is not None and proved.allocation is not None:
+        record["allocation"] = proved.allocation.model_dump(mode="json")
+    with stages.stage("sbom"):
+        billed = sbom.write_sbom(directory, record)
+    from compress.report import pages
+
+    report, status, code = None, "built", EXIT_OK
+    if options.validate:
+        from compress import chain, proof
+
+        report = proof.prove(
+            model if made is None else made.reference,
+            origin,
             plan,
             profile,
             directory,
-            options.threads,
+            options,
             stages,
-            seed=options.seed,
-            pool=pool,
-            calibration=calibration,
-            decoding=decoding,
-            activations=_activations(checkpoint, structure, profile, options),
-            kept=kept,
+            fusions=built.fired,
+            tensors=built.tensors,
+            calibration=proved,
+            smaller=None if made is None else chain.Smaller(checkpoint, made.record),
         )
-        record = manifest.build_manifest(
-            origin,
-            profile,
-            seed=options.seed,
-            files=digests.result(),
-            adapter={"directory": adapter.name} if adapter else None,
-        )
-        building.require_unchanged(origin, kept)
-        record |= {"task": task, "fusions": dict(built.fired), "targets": [target.TARGET for target in targets]}
-        record["tensors"] = [item.model_dump(mode="json") for item in built.tensors]
-        if made is not None:
-            record["pruning"] = dict(made.record)
-            pruning.copy_kept_ids(made, directory)
-        if built.calibration is not None:
-            record["calibration"] = dict(built.calibration)
-        proved = _calibrated(decoding)
-        if proved is not None and proved.allocation is not None:
-            record["allocation"] = proved.allocation.model_dump(mode="json")
-        with stages.stage("sbom"):
-            billed = sbom.write_sbom(directory, record)
-        from compress.report import pages
-
-        report, status, code = None, "built", EXIT_OK
-        if options.validate:
-            from compress import chain, proof
-
-            report = proof.prove(
-                model if made is None else made.reference,
-                origin,
-                plan,
-                profile,
-                directory,
-                options,
-                stages,
-                fusions=built.fired,
-                tensors=built.tensors,
-                calibration=proved,
-                smaller=None if made is None else chain.Smaller(checkpoint, made.record),
-            )
-            status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
-            code = proof.exit_code(report)
-        elif proved is not None:
-            proved.draw(directory)
-        pages.write(directory, record, origin, report)
-        record = manifest.write_manifest(directory, record, status=status, known=billed)
+        status = "accepted" if report["verdict"]["status"] == "pass" else "rejected"
+        code = proof.exit_code(report)
+    elif proved is not None:
+        proved.draw(directory)
+    pages.write(directory, record, origin, report)
+    record = manifest.write_manifest(directory, record, status=status, known=billed)
     space.finish({"code": code, "proof": building.proof_basis(options)})
     return ExportResult(space.output, record, report, code)
 
 
-def _require(wish: Wish, targets: list[ModuleType], output: Path, options: ExportOptions) -> None:
+def _require(wish: Wish, targets: list[ModuleType], space: Workspace, options: ExportOptions) -> None:
     """Refuse before work starts what memory or the disk cannot hold, the targets' share included.
 
     Raises:
@@ -299,7 +298,9 @@ def _require(wish: Wish, targets: list[ModuleType], output: Path, options: Expor
     """
     needs = [target.needs(wish) for target in targets]
     resources.check(wish.plan, wish.profile, options, max((need.memory for need in needs), default=0))
-    require_space(output, wish.plan.predicted_bytes + sum(need.disk for need in needs))
+    data = space.directory / DATA_NAME
+    claimed = data.stat().st_size if data.is_file() else 0  # an earlier run's
+    require_space(space.output, wish.plan.predicted_bytes + sum(need.disk for need in needs) - claimed)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,14 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], document: A
 
 
 def read_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], Any]:
-    """Return the arrays by name, and the document."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    return arrays, json.loads(arrays.pop(_DOCUMENT).tobytes())
+    """Return the arrays by name, and the document.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        return arrays, json.loads(arrays.pop(_DOCUMENT).tobytes())
+    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"damaged: {error}") from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import temporary
-from compress.errors import CompressError, WorkerKilledError
+from compress.errors import CompressError, UsageError, WorkerKilledError
 from compress.journal import Journal
 from compress.kept import NOTES, Kept
 from compress.lock import held, held_directory, holder
@@ -27,6 +27,8 @@ from compress.package.writer import disk_full, is_full
 _RESULT, _STATE, _SCRATCH, _LOCK, _JOURNAL = "result", "state", "scratch", "lock", "journal"
 #: The journal's entry before the result takes its place, and of a scratch directory that lies elsewhere.
 _DONE, _ELSEWHERE = "done", "scratch"
+#: Of scratch directories that are not in the workspace.
+_PREFIX = "compress-export-"
 _log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ class Workspace:
     def begin(self) -> None:
         """Make the directories; remove what an earlier run left beside its results."""
         for elsewhere in self.journal.all(_ELSEWHERE):
-            _remove(Path(elsewhere))
+            _remove_ours(Path(str(elsewhere)))
         stay = {_LOCK, _JOURNAL, *(() if self.journal.fresh else (_RESULT, _STATE))}
         for path in self.root.iterdir():
             if path.name not in stay:
@@ -100,7 +102,7 @@ class Workspace:
         for path in (self.directory, self._state):
             path.mkdir(exist_ok=True)
         if os.environ.get("TMPDIR"):  # the user knows a place for large files
-            self.scratch = temporary.make("compress-export-")
+            self.scratch = temporary.make(_PREFIX)
             self.journal.put(_ELSEWHERE, str(self.scratch))
         else:
             self.scratch.mkdir()
@@ -140,6 +142,7 @@ def opened(output: Path, basis: Mapping[str, Any], *, fresh: bool = False) -> It
     """
     root, made = _root(output), _missing_parents(output)
     try:
+        _check_root(root)
         with ExitStack() as stack:
             try:
                 earlier = stack.enter_context(held(root / _LOCK, what="writing to it", where=output))
@@ -220,6 +223,26 @@ def _explain(space: Workspace, earlier: Mapping[str, Any] | None) -> None:
 
 def _root(output: Path) -> Path:
     return output.absolute().with_name(f".{output.absolute().name}.partial")
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a place that is somebody else's: what is in a workspace may be removed.
+
+    Raises:
+        UsageError: It is a link, a file, or holds what no workspace does.
+    """
+    ours = {_LOCK, _JOURNAL, _RESULT, _STATE, _SCRATCH}
+    taken = root.is_symlink() or (root.exists() and not root.is_dir())
+    if taken or (root.is_dir() and any(path.name not in ours for path in root.iterdir())):
+        raise UsageError(
+            "something is in the place where the work would be", where=str(root), hint="move it, or choose another -o"
+        )
+
+
+def _remove_ours(path: Path) -> None:
+    """Remove a scratch directory that a journal names, if it is one: nothing else, whatever it says."""
+    if path.name.startswith(_PREFIX) and path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -221,6 +221,37 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("how", ["link", "file", "another's directory"])
+def test_a_place_that_is_not_ours_is_left_alone(tmp_path: Path, how: str) -> None:
+    root, home = tmp_path / ".out.partial", tmp_path / "home"
+    home.mkdir()
+    (home / "file").write_text("mine")
+    if how == "link":
+        root.symlink_to(home)
+    elif how == "file":
+        root.write_text("mine")
+    else:
+        home.rename(root)
+    with pytest.raises(UsageError, match="something is in the place"), opened(tmp_path / "out", BASIS):
+        pass
+    assert ((root if how != "file" else home) / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("named", ["home", "compress-export-link"])
+def test_a_journal_cannot_have_other_directories_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "compress-export-link").symlink_to(tmp_path / "home")
+    (tmp_path / "home" / "file").write_text("mine")
+    root = killed(tmp_path / "out", monkeypatch)
+    with (root / "journal").open("a") as stream:
+        stream.write(json.dumps({"name": "scratch", "value": str(tmp_path / named)}) + "\n")
+    with opened(tmp_path / "out", BASIS) as space:
+        space.finish(0)
+    assert (tmp_path / "home" / "file").read_text() == "mine"
+
+
 def test_a_given_place_for_temporary_files_is_emptied_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

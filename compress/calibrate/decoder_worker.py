@@ -149,7 +149,10 @@ class Quantization:
         """Take up what an earlier run kept; return how many blocks are done, and the outputs of the last."""
         if self._state is None or not self._state.is_file():
             return None
-        arrays, told = read_arrays(self._state)
+        try:
+            arrays, told = read_arrays(self._state)
+        except ValueError:  # damaged: the blocks are done again
+            return None
         self.written, self.errors = list(told["written"]), dict(told["errors"])
         self.store.errors.restore(told["stored_errors"])
         self.store.inline.update(
