@@ -277,6 +277,8 @@ def _require(wish: Wish, targets: list[ModuleType], output: Path, options: Expor
     """
     needs = [target.needs(wish) for target in targets]
     resources.check(wish.plan, wish.profile, options, max((need.memory for need in needs), default=0))
+    if options.validate and wish.profile.prune.wanted and isinstance(wish.plan.structure, Decoder):
+        resources.check_chain(wish, options)
     require_space(output, wish.plan.predicted_bytes + sum(need.disk for need in needs))
 
 

@@ -226,12 +226,7 @@ class _Cutter:
     def _across(self, place: int) -> Sequence[str]:
         """Return the values that the graph's own nodes before a place make and those from it on read."""
         behind = self._read_from(place)
-        return [
-            name
-            for index in self.own[:place]
-            for name in self.graph.node[index].output
-            if name and name in behind
-        ]
+        return [name for index in self.own[:place] for name in self.graph.node[index].output if name and name in behind]
 
     def _read_from(self, place: int) -> set[str]:
         return {name for index in self.own[place:] for name in self.reads[index]}
