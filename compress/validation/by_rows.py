@@ -1,11 +1,11 @@
 """Products with a weight that is never there as a whole: a band of its rows is read, used and dropped.
 
 Before: a block's weights are in memory while it runs, ``y = x W^T + b``.
-After:  ``y[:, i] = x W[i]^T + b[i]`` for one band of rows ``i`` after the other, each read when its turn comes. A
-        weight that is stored ``[in, out]`` (GPT-2's Conv1D) gives a sum of bands instead, ``y = b + sum_i x[:, i] W[i]``.
+After:  ``y[:, i] = x W[i]^T + b[i]`` for one band of rows ``i`` after the other, each read when its turn comes.
+        A weight that is stored ``[in, out]`` (GPT-2's Conv1D) gives a sum of bands: ``y = b + sum_i x[:, i] W[i]``.
 
-It computes the same to float rounding, and reads the weights once for every few hundred tokens instead of once: so it is
-used only where a whole block would take more memory than there may be.
+It computes the same to float rounding, and reads the weights once for every few hundred tokens instead of once: so it
+is used only where a whole block would take more memory than there may be.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The artifact's own graph run in pieces, for a memory that does not hold it whole: jobs of the artifact worker.
 
-The graph is cut at its blocks (:mod:`compress.graph.cut`), and one piece at a time is a session of the same provider with
-the same options. A piece reads its weights from the artifact's data file, where they are; nothing is copied. What goes
-from piece to piece lies on the disk. The text is given, so decoding through the cache goes piece by piece as well: each
-has the keys and values of its own block, and is run on all texts before the next one is loaded.
+The graph is cut at its blocks (:mod:`compress.graph.cut`), and one piece at a time is a session of the same provider
+with the same options. A piece reads its weights from the artifact's data file, where they are; nothing is copied. What
+goes from piece to piece lies on the disk. The text is given, so decoding through the cache goes piece by piece as well:
+each has the keys and values of its own block, and is run on all texts before the next one is loaded.
 
-Jobs are ``logits`` and ``cached_logits`` of :mod:`compress.validation.worker`, with the same answers. What would have to
-know a token before the next (greedy text, speed) has no meaning here.
+Jobs are ``logits`` and ``cached_logits`` of :mod:`compress.validation.worker`, with the same answers. What would have
+to know a token before the next (greedy text, speed) has no meaning here.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def run(
         progress: Called with the fraction that is done.
 
     Raises:
-        CompressError: The graph cannot be cut, has inputs that no decoder has, or the provider takes a few tokens at once.
+        CompressError: The graph cannot be cut, is no decoder, or the provider takes only a few tokens at once.
     """
     if provider.tokens_at_once() is not None:
         raise CompressError(f"on {provider.name} a graph is not run in pieces", where=str(model))

@@ -19,7 +19,7 @@ from compress.sizes import format_size
 
 _MB = 1_000_000
 #: Python with numpy, onnx-ir and the command line, and what it compares logits in.
-_MAIN = 150 * _MB
+_MAIN = 200 * _MB
 #: torch and transformers in the reference worker.
 _REFERENCE = 450 * _MB
 #: onnxruntime and numpy in the worker that runs the artifact.

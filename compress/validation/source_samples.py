@@ -4,8 +4,8 @@
 ``stop`` (ids that end a text), or ``reason`` why there are none.
 
 ``samples``: ``directory``, ``prompts`` [ids], ``written`` [the artifact's new ids, the one that ended it among them],
-``limits`` [new tokens at most], ``stop``, ``by_rows`` (of the streamed source) -> ``samples``, an entry a prompt: ``artifact`` and ``source`` (texts),
-``first_difference`` (index of a new token, or null), ``source_complete``.
+``limits`` [new tokens at most], ``stop``, ``by_rows`` (of the streamed source) -> ``samples``, an entry a prompt:
+``artifact`` and ``source`` (texts), ``first_difference`` (index of a new token, or null), ``source_complete``.
 """
 
 from __future__ import annotations

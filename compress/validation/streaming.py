@@ -43,7 +43,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 class StreamedModel:
     """A causal language model of a checkpoint, in float32.
 
-    ``by_rows`` runs blocks whose large weights are read a band of rows at a time; see :mod:`compress.validation.by_rows`.
+    ``by_rows`` runs blocks whose weights are read a band of rows at a time; see :mod:`compress.validation.by_rows`.
 
     Attributes:
         model: The transformers model, parameters on the meta device.

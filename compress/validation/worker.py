@@ -1,7 +1,8 @@
 """The worker that runs one artifact: ``python -m compress.validation.worker`` (see ``protocol``).
 
 Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``provider_options`` {str: str},
-``threads``, ``jobs``, ``in_pieces`` (true: see that module; the answer has their number as ``pieces``). A job is ``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
+``threads``, ``jobs``, ``in_pieces`` (true: see that module; the answer has their number as ``pieces``). A job is
+``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
 
 - ``probe``: ``inputs`` {name: numbers} -> ``outputs`` {name: numbers}, for graphs of a few float32 numbers;
 
