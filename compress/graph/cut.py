@@ -122,7 +122,8 @@ class _Cutter:
     def pieces(self) -> list[Piece]:
         """Return the pieces, each cut told apart from the one before."""
         starts = [0, *self._cuts(), len(self.own)]
-        found, seen = [], set[int]()
+        found: list[Piece] = []
+        seen: set[int] = set()
         for start, stop in zip(starts, starts[1:], strict=False):
             own = self.own[start:stop]
             extra = [self.maker[name] for name in self.outputs if self.maker.get(name) in self.shared | self.constant]
@@ -153,7 +154,8 @@ class _Cutter:
 
     def _kinds(self) -> tuple[set[int], set[int]]:
         """Return which nodes are constant and which are shared."""
-        constant, shared = set[int](), set[int]()
+        constant: set[int] = set()
+        shared: set[int] = set()
         for index, reads in enumerate(self.reads):
             makers = [self.maker[name] for name in reads if name in self.maker]
             asked = [name for name in reads if name in self.inputs]
@@ -180,7 +182,8 @@ class _Cutter:
 
     def _copied(self, nodes: Iterable[int]) -> set[int]:
         """Return the constant and shared nodes that some nodes need, directly or by each other."""
-        found, pending = set[int](), list(nodes)
+        found: set[int] = set()
+        pending = list(nodes)
         while pending:
             index = pending.pop()
             if index not in self.place:

@@ -39,7 +39,7 @@ def install(module: torch.nn.Module, read: Read) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return run(x, read, module)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def remove(module: torch.nn.Module) -> None:
@@ -48,8 +48,7 @@ def remove(module: torch.nn.Module) -> None:
 
 
 def _linear(x: torch.Tensor, read: Read, module: torch.nn.Module) -> torch.Tensor:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
+    weight, bias = module.get_parameter("weight"), _bias(module)
     result = x.new_empty((*x.shape[:-1], weight.shape[0]))
     for start, stop in _bands(weight.shape):
         band = torch.from_numpy(read(start, stop))
@@ -58,13 +57,16 @@ def _linear(x: torch.Tensor, read: Read, module: torch.nn.Module) -> torch.Tenso
 
 
 def _transposed(x: torch.Tensor, read: Read, module: torch.nn.Module) -> torch.Tensor:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
     flat = x.reshape(-1, x.shape[-1])
     result = bias.repeat(len(flat), 1)
     for start, stop in _bands(weight.shape):
         result.addmm_(flat[:, start:stop], torch.from_numpy(read(start, stop)))
     return result.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def _bias(module: torch.nn.Module) -> torch.Tensor | None:
+    return dict(module.named_parameters(recurse=False)).get("bias")
 
 
 def _bands(shape: torch.Size) -> Iterator[tuple[int, int]]:
