@@ -26,6 +26,19 @@ def keep_buffers(largest: int = _KEEP_BYTES) -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 
+def return_buffers(smallest: int = 1 << 20) -> bool:
+    """Let the process return buffers from ``smallest`` bytes on as soon as they are free; returns whether it will.
+
+    By default glibc keeps what is below 32 MB for the next use, in pieces that the next use may not fit.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return all(mallopt(name, smallest) == 1 for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
 def give_back() -> bool:
     """Return to the kernel what was kept and is free; returns whether there was anything."""
     if sys.platform != "linux":

@@ -23,6 +23,7 @@ class PeakMemory(_Strict):
     graph: int
     weights: int
     calibration: int
+    ranges: int
     export: int
     validation: int
     validation_in_pieces: int | None

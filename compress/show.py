@@ -43,6 +43,7 @@ def plan_document(
             "graph": prediction.graph,
             "weights": prediction.weights,
             "calibration": prediction.calibration,
+            "ranges": prediction.ranges,
             "export": prediction.export,
             "validation": prediction.validation,
             "validation_in_pieces": prediction.validation_in_pieces,

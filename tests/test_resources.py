@@ -119,3 +119,14 @@ def test_a_budget_on_speed_is_refused_where_speed_is_not_measured(
     assert f"--set {without}" in (caught.value.hint or "")
     resources.check(plan, override(profile, [without]), options)
     resources.check(plan, profile, replace(options, max_memory=None))
+
+
+def test_ranges_of_activations_take_the_whole_as_float32(plan_of: Callable[..., tuple[Plan, Profile]]) -> None:
+    assert resources.predict(*plan_of(**BIG), 1).ranges == 0
+    plan, profile = plan_of("npu-qnn-int8", **BIG, num_hidden_layers=8)
+    predicted = resources.predict(plan, profile, 1)
+    inside = sum(
+        linear.out_features * linear.in_features for linear in plan.structure.linears if linear.layer is not None
+    )
+    assert predicted.ranges > 4 * inside + 2 * plan.data_bytes
+    assert predicted.export == predicted.ranges

@@ -140,9 +140,10 @@ class StreamedModel:
                 bias = torch.from_numpy(self._checkpoint.read(self._tensor_name(bias_name), start, stop))
                 self._head.bias = torch.nn.Parameter(bias, requires_grad=False)
             logits = self.model(input_ids=ids, use_cache=False).logits
+            del block  # before the next one is read
+            self._head.weight = _empty(self._head.weight)
             yield start, logits.reshape(tokens, stop - start).numpy()
         del self._decoder.forward
-        self._head.weight = _empty(self._head.weight)
 
     def head(self) -> torch.Tensor:
         """Return the output head's weight, float32 ``[vocab, hidden]``.
