@@ -102,7 +102,8 @@ def export(
         calibration_text: UTF-8 text of your domain that a calibrating profile runs the model on; by default built in.
         eval_text: UTF-8 text to measure drift on; by default built in, disjoint from the calibration text.
         eval_labels: Labelled examples, one JSON object a line: the task's accuracy before and after (encoders).
-        max_memory: Refuse to start if a stage would take more: bytes, or text with a unit (``"1GB"``).
+        max_memory: Refuse to start if a stage would take more: bytes, or text with a unit (``"1GB"``). A decoder
+            that does not fit whole is validated a block at a time, and speed and samples are not measured.
         seed: Seed of everything random.
         validate: Measure drift and speed against the source.
         fresh: Start over, also where an interrupted run of the same export left finished work.

@@ -25,6 +25,7 @@ def validate(
     on: Sequence[str] = (),
     eval_text: AnyPath | None = None,
     eval_labels: AnyPath | None = None,
+    max_memory: int | str | None = None,
     threads: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -39,6 +40,8 @@ def validate(
         on: Execution providers to run on; by default the profile's.
         eval_text: UTF-8 text to measure drift on; by default built in.
         eval_labels: Labelled examples, one JSON object a line (encoders).
+        max_memory: Refuse to start if it would take more: bytes, or text with a unit. A decoder that does not fit whole
+            is run a block at a time, and speed and samples are not measured.
         threads: Threads to use, by default all cores.
         progress: Show stages on standard error.
 
@@ -47,6 +50,7 @@ def validate(
 
     Raises:
         UsageError: The source is a local path, and no reference was given.
+        ResourceError: It would take more memory than ``max_memory``.
         ProviderError: A provider does not work here.
         CompressError: The reference is another model, or something cannot be read.
 
@@ -67,6 +71,7 @@ def validate(
         providers=arguments.words(on),
         eval_text=arguments.path(eval_text),
         eval_labels=arguments.path(eval_labels),
+        max_memory=arguments.size(max_memory),
         threads=arguments.checked_threads(threads),
         stages=Stages(show=progress),
     )

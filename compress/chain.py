@@ -22,6 +22,7 @@ from compress.progress import Stages
 from compress.report import chain as report_chain
 from compress.report import json as report_json
 from compress.report.model import ChainStep, Pruning
+from compress.validation import room
 from compress.validation.on_provider import Terms
 from compress.validation.run import Validation
 
@@ -104,6 +105,7 @@ def _pruned(
         changes: dict[str, Any] = {"budgets": {}, "providers": ("cpu",), "pytorch_baseline": False, "terms": Terms()}
         if isinstance(structure, Decoder):
             changes["sample_tokens"] = 0  # samples are the artifact's
+            changes["way"] = room.choose(room.needs(plan, recipe, ("cpu",)), shared["memory_cap"])
         found = validate(place, {**shared, **changes, "progress": lambda stage, fraction: None})
         # Its stages are not the artifact's.
         return replace(found, stages=())

@@ -27,6 +27,7 @@ from compress.cli_options import (
     fresh_option,
     json_option,
     labels_option,
+    memory_option,
     model_argument,
     model_options,
     outcome_options,
@@ -50,6 +51,7 @@ from compress.errors import (
     UsageError,
     did_you_mean,
 )
+from compress.sizes import parse_size
 
 
 class _Group(click.Group):
@@ -106,7 +108,7 @@ def _show_notes(logger: logging.Logger) -> None:
 @calibration_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @labels_option
-@click.option("--max-memory", metavar="SIZE", help="Refuse to start if a stage would take more, e.g. 1GB.")
+@memory_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @fresh_option
 @click.option("--no-validate", is_flag=True, help="Do not measure drift and speed; the manifest says so.")
@@ -236,6 +238,7 @@ cli.add_command(prune)
 @providers_option
 @click.option("--eval-text", type=click.Path(path_type=Path), help="UTF-8 text to measure drift on; default embedded.")
 @labels_option
+@memory_option
 @outcome_options
 @threads_option
 @json_option
@@ -246,6 +249,7 @@ def validate(
     providers: tuple[str, ...],
     eval_text: Path | None,
     eval_labels: Path | None,
+    max_memory: str | None,
     junit: Path | None,
     mlflow: str | None,
     threads: int | None,
@@ -265,6 +269,7 @@ def validate(
         providers=providers,
         eval_text=eval_text,
         eval_labels=eval_labels,
+        max_memory=None if max_memory is None else parse_size(max_memory),
         threads=threads,
         stages=stages,
     )

@@ -75,6 +75,12 @@ labels_option = click.option(
     type=click.Path(path_type=Path),
     help="Labelled examples, one JSON object a line: measures the task's accuracy before and after (encoders).",
 )
+memory_option = click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Refuse to start if a stage would take more, e.g. 1GB. A decoder that does not fit whole is validated a "
+    "block at a time, without speed and samples.",
+)
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), default=None, help="Threads to use; never changes the artifact's bytes."
 )

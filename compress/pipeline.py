@@ -298,6 +298,8 @@ def _require(wish: Wish, targets: list[ModuleType], space: Workspace, options: E
     """
     needs = [target.needs(wish) for target in targets]
     resources.check(wish.plan, wish.profile, options, max((need.memory for need in needs), default=0))
+    if options.validate and wish.profile.prune.wanted and isinstance(wish.plan.structure, Decoder):
+        resources.check_chain(wish, options)
     data = space.directory / DATA_NAME
     claimed = data.stat().st_size if data.is_file() else 0  # an earlier run's
     require_space(space.output, wish.plan.predicted_bytes + sum(need.disk for need in needs) - claimed)

@@ -14,13 +14,19 @@ class _Strict(BaseModel):
 
 
 class PeakMemory(_Strict):
-    """Predicted bytes of all processes together, by stage; ``export`` is the largest of those that make the files."""
+    """Predicted bytes of all processes together, by stage; ``export`` is the largest of those that make the files.
+
+    ``validation_in_pieces`` is the least that a validation can do with, where the artifact is run a block at a time and
+    only its drift is measured; ``None`` where it cannot.
+    """
 
     graph: int
     weights: int
     calibration: int
+    ranges: int
     export: int
     validation: int
+    validation_in_pieces: int | None
 
 
 class PlannedTensor(_Strict):

@@ -252,7 +252,8 @@ class Budget(_Strict):
     texts), ``min_worst_cosine``, ``min_neighbour_agreement``. Other encoders: ``min_label_agreement``. With labelled
     examples (an export without them is not judged by these): ``max_accuracy_drop`` bounds the drop that was seen,
     ``max_accuracy_drop_bound`` the unfavourable end of its 95 % interval; both are shares, 0.005 is half a point.
-    ``max_bytes`` bounds graph and weights together: a number, or a size with its unit (``88MB``, ``1.5GiB``).
+    ``max_bytes`` bounds graph and weights together: a number, or a size with its unit (``88MB``, ``1.5GiB``). ``none``
+    takes a budget of the profile away (``--set budget.min_speedup_vs_pytorch=none``).
     """
 
     max_kl: float | None = Field(default=None, gt=0)
@@ -267,6 +268,13 @@ class Budget(_Strict):
     min_speedup_vs_pytorch: float | None = Field(default=None, gt=0)
     min_speedup_vs_onnx_float: float | None = Field(default=None, gt=0)
     max_bytes: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without(cls, data: object) -> object:
+        return (
+            {key: None if value == "none" else value for key, value in data.items()} if isinstance(data, dict) else data
+        )
 
     @field_validator("max_bytes", mode="before")
     @classmethod
@@ -394,7 +402,8 @@ def override(profile: Profile, overrides: Iterable[str]) -> Profile:
 def _overridden(data: dict[str, Any], overrides: Iterable[str], *, where: str) -> Profile:
     keys = {key for change in overrides for key in _apply(data, change)}
     recipe = parse_profile(data, where=where)
-    asked = not keys.isdisjoint({"budget.max_bytes", "budget.max_kl"}) and "quantize.allocation" not in keys
+    limits = {name for name in ("max_bytes", "max_kl") if getattr(recipe.budget, name) is not None}
+    asked = not keys.isdisjoint(f"budget.{name}" for name in limits) and "quantize.allocation" not in keys
     if asked and recipe.quantize.effort != "fast":
         data.setdefault("quantize", {})["allocation"] = "budget"
         recipe = parse_profile(data, where=where)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import chain, checks, pipeline, pooling, pruning, resources, temporary, workspace
+from compress.allocator import give_back
 from compress.contracts import Checkpoint, Encoder
 from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, CompressError, UsageError
 from compress.package import manifest
@@ -25,7 +26,7 @@ from compress.report import model as report
 from compress.report import tensors as tensor_records
 from compress.report.environment import created, environment
 from compress.source.sentence_transformers import Pooling
-from compress.validation import on_provider, text
+from compress.validation import on_provider, room, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
 from compress.validation.memory import check_memory
 from compress.validation.protocol import CheckpointSpec
@@ -62,7 +63,12 @@ def prove(
     names = tuple(provider_names) or (profile.provider,)
     on_provider.require(names)
     created()  # a date that makes no sense is told before the work
-    with _float_baseline(checkpoint, profile, directory, options) as (graph, reason), stages.follow() as progress:
+    needs = room.needs(plan, profile, names, {record.name: record.bytes for record in tensors})
+    way = room.choose(needs, options.max_memory)
+    room.check_budget(way, profile, options.max_memory)
+    give_back()
+    baseline = _float_baseline(checkpoint, profile, directory, options, way)
+    with baseline as (graph, reason), stages.follow() as progress:
         shared: dict[str, Any] = {
             "checkpoint_spec": CheckpointSpec(model.resolved, model.adapter, model.revision, model.wanted_task),
             "budgets": _budgets(profile, options),
@@ -83,7 +89,7 @@ def prove(
             if isinstance(plan.structure, Encoder):
                 pool = pooling.resolve(plan.structure, profile, checkpoint)
                 return _run_encoder(place, profile.validation, pool, options.eval_labels, given)
-            return _run_decoder(place, profile.validation, plan.structure.context_length, given)
+            return _run_decoder(place, profile.validation, plan.structure.context_length, {"way": way, **given})
 
         result = validate(directory, shared)
         source_bytes = plan.source_bytes
@@ -202,10 +208,12 @@ def validate_artifact(
     eval_labels: Path | None,
     threads: int | None,
     stages: Stages,
+    max_memory: int | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Validate an existing artifact again; its report and manifest are renewed. Returns the report and an exit code.
 
     Raises:
+        ResourceError: It would take more than ``max_memory`` bytes.
         UsageError: The source is a local path that the manifest does not keep, and no reference was given.
         CompressError: The reference is not the model that the artifact was made from.
     """
@@ -214,7 +222,11 @@ def validate_artifact(
     tensors = tensor_records.of_manifest(record, str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)
     options = pipeline.ExportOptions(
-        eval_text=eval_text, eval_labels=eval_labels, seed=record["seed"], threads=threads or os.cpu_count() or 1
+        eval_text=eval_text,
+        eval_labels=eval_labels,
+        max_memory=max_memory,
+        seed=record["seed"],
+        threads=threads or os.cpu_count() or 1,
     )
     with workspace.alone(artifact), model.open() as checkpoint, contextlib.ExitStack() as stack:
         _check_same(checkpoint, record)
@@ -308,7 +320,7 @@ def _bench_encoder(
 
 @contextlib.contextmanager
 def _float_baseline(
-    checkpoint: Checkpoint, profile: Profile, directory: Path, options: pipeline.ExportOptions
+    checkpoint: Checkpoint, profile: Profile, directory: Path, options: pipeline.ExportOptions, way: room.Way
 ) -> Iterator[tuple[Path | None, str | None]]:
     """Yield the float graph of the same model, built for this run only, or the reason why there is none.
 
@@ -316,6 +328,9 @@ def _float_baseline(
     """
     if "onnx_float" not in profile.validation.baselines:
         yield None, "the profile does not ask for it"
+        return
+    if way.in_pieces is not None:
+        yield None, way.in_pieces
         return
     recipe = load_profile("float", [f"graph.float_type={profile.graph.float_type}"])
     structure = pipeline.describe(checkpoint)

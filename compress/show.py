@@ -43,8 +43,10 @@ def plan_document(
             "graph": prediction.graph,
             "weights": prediction.weights,
             "calibration": prediction.calibration,
+            "ranges": prediction.ranges,
             "export": prediction.export,
             "validation": prediction.validation,
+            "validation_in_pieces": prediction.validation_in_pieces,
         },
         "predicted_calibration_seconds": None if calibrating is None else round(calibrating.seconds, 1),
         "tensors": [
@@ -92,6 +94,9 @@ def plan_text(document: Mapping[str, Any]) -> str:
         f"artifact          {format_size(document['predicted_bytes'])} ({ratio:.1f}x smaller)",
         f"peak memory       {format_size(peak['export'])} to export, {format_size(peak['validation'])} to validate",
     ]
+    least = peak["validation_in_pieces"]
+    if least is not None and least < peak["validation"]:
+        lines.append(f"{'':<18}{format_size(least)} to validate in pieces, without speed and samples")
     if document.get("predicted_calibration_seconds") is not None:
         seconds = document["predicted_calibration_seconds"]
         shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -88,6 +88,8 @@ def test_roles_choose_their_own_activations() -> None:
         ("provider=cpu", "cpu"),
         ("description=a = b", "a = b"),
         ("budget.max_kl=0.25", 0.25),
+        ("budget.max_kl=none", None),
+        ("budget.max_bytes=none", None),
         ("validation.baselines=[]", ()),
         ("quantize.roles.down.bits=8", 8),
     ],
@@ -169,6 +171,11 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
 
 
 BALANCED = "quantize.effort=balanced"
+
+
+def test_a_budget_that_is_taken_away_allocates_nothing() -> None:
+    assert load_profile("x86-int4", [BALANCED, "budget.max_kl=none"]).quantize.allocation == "roles"
+    assert load_profile("x86-int4", [BALANCED, "budget.max_kl=0.1"]).quantize.allocation == "budget"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def overrides_of(name: str, resolved: Mapping[str, Any]) -> tuple[str, ...] | No
         found, had = (
             _flat(recipe.model_dump(mode="json", exclude_none=True)) for recipe in (wanted, load_profile(name))
         )
+        found |= {key: "none" for key in had if key.startswith("budget.") and key not in found}
         made = tuple(f"{key}={_toml(value)}" for key, value in sorted(found.items()) if had.get(key) != value)
         again: Profile = load_profile(name, made)
     except (UsageError, TypeError):

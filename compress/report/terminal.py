@@ -74,7 +74,10 @@ def chain_rows(pruning: Pruning) -> list[tuple[str, str]]:
 
 
 def provider_rows(found: Iterable[ProviderVerdict]) -> list[tuple[str, str]]:
-    """Return a line a provider: where it ran, what that proves, how many nodes it took, how far it is from the CPU."""
+    """Return a line a provider: where it ran, what that proves, how many nodes it took, how far it is from the CPU.
+
+    A line more says why something was not measured.
+    """
     rows = []
     for item in found:
         parts = [item.state.replace("_", " "), item.evidence]
@@ -88,6 +91,7 @@ def provider_rows(found: Iterable[ProviderVerdict]) -> list[tuple[str, str]]:
         elif isinstance(far, EncoderDrift) and far.label_agreement is not None:
             parts.append(f"{far.label_agreement:.1%} of labels as on cpu")
         rows.append((item.provider, ", ".join(parts) + (f"; {item.device}" if item.device else "")))
+        rows += [(f"  no {name.replace('_', ' ')}", why) for name, why in item.not_measured.items()]
     return rows
 
 

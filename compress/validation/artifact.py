@@ -29,6 +29,7 @@ class Artifact:
         task: Its task's name in :mod:`compress.tasks`.
         config: Its ``config.json``.
         provider_options: Options that providers are started with, as text, by provider.
+        in_pieces: It is run a block at a time (:mod:`compress.validation.in_pieces`).
     """
 
     directory: Path
@@ -39,6 +40,7 @@ class Artifact:
     task: str = DECODING
     config: Mapping[str, Any] = field(default_factory=dict)
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    in_pieces: bool = False
 
     @property
     def pad_id(self) -> int:

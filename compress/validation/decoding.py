@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from compress.errors import CompressError
 
-_PAST, _PRESENT, _KEEP = "past_key_values.", "present.", "logits_to_keep"
+PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
 _CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
@@ -38,10 +38,10 @@ class CachedDecoder:
         self._device = device
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = [value.name for value in session.get_outputs()]
-        self._past = {name: value for name, value in inputs.items() if name.startswith(_PAST)}
-        unknown = set(inputs) - set(self._past) - {"input_ids", "attention_mask", "position_ids", _KEEP}
+        self._past = {name: value for name, value in inputs.items() if name.startswith(PAST)}
+        unknown = set(inputs) - set(self._past) - {"input_ids", "attention_mask", "position_ids", KEEP}
         missing = {"input_ids", "attention_mask"} - set(inputs)
-        absent = ({"logits"} | {_PRESENT + name.removeprefix(_PAST) for name in self._past}) - set(outputs)
+        absent = ({"logits"} | {PRESENT + name.removeprefix(PAST) for name in self._past}) - set(outputs)
         if unknown or missing or absent or not self._past:
             raise CompressError(
                 "the graph is not a decoder with a key/value cache",
@@ -50,7 +50,7 @@ class CachedDecoder:
             )
         self._positions = "position_ids" in inputs
         self._keep = next(
-            (v for v in [*session.get_overridable_initializers(), *session.get_inputs()] if v.name == _KEEP), None
+            (v for v in [*session.get_overridable_initializers(), *session.get_inputs()] if v.name == KEEP), None
         )
         self._cache: dict[str, Any] = {}
         self.length = 0
@@ -94,11 +94,11 @@ class CachedDecoder:
         if self._positions:
             feeds["position_ids"] = np.broadcast_to(np.arange(self.length, total, dtype=np.int64), (batch, new))
         if self._keep is not None:
-            feeds[_KEEP] = np.full([1] * len(self._keep.shape), keep, np.int64)
+            feeds[KEEP] = np.full([1] * len(self._keep.shape), keep, np.int64)
         if not self._cache:
-            feeds |= {name: self._empty(value, batch) for name, value in self._past.items()}
+            feeds |= {name: empty_cache(value, batch) for name, value in self._past.items()}
         values = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()} | self._cache
-        names = ["logits", *(_PRESENT + name.removeprefix(_PAST) for name in self._past)]
+        names = ["logits", *(PRESENT + name.removeprefix(PAST) for name in self._past)]
         if self._device is None:
             logits, *present = self._session.run_with_ort_values(names, values)
         else:
@@ -108,16 +108,21 @@ class CachedDecoder:
         result: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
         return result
 
-    def _empty(self, value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401
-        """Return a cache of no positions for one input; heads and head size must be numbers in the graph."""
-        shape = list(value.shape)
-        if len(shape) != 4 or not all(isinstance(size, int) for size in (shape[1], shape[3])):
-            raise CompressError(
-                f"the cache input's shape is {shape}, not [batch, kv_heads, past, head_dim]", where=value.name
-            )
-        if value.type not in _CACHE_TYPES:
-            raise CompressError(f"a cache of {value.type} is not supported", where=value.name)
-        return np.zeros((batch, shape[1], 0, shape[3]), _CACHE_TYPES[value.type])
+
+def empty_cache(value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401 - onnxruntime has no stubs
+    """Return a cache of no positions for one cache input of a session.
+
+    Raises:
+        CompressError: Heads and head size are no numbers in the graph, or its type is none of a cache.
+    """
+    shape = list(value.shape)
+    if len(shape) != 4 or not all(isinstance(size, int) for size in (shape[1], shape[3])):
+        raise CompressError(
+            f"the cache input's shape is {shape}, not [batch, kv_heads, past, head_dim]", where=value.name
+        )
+    if value.type not in _CACHE_TYPES:
+        raise CompressError(f"a cache of {value.type} is not supported", where=value.name)
+    return np.zeros((batch, shape[1], 0, shape[3]), _CACHE_TYPES[value.type])
 
 
 def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: str) -> list[Any]:  # noqa: ANN401

@@ -256,7 +256,7 @@ def _measure_speed(
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
     if measured.evidence != "measured":
-        skip_speed(measured, contenders)
+        skip_speed(measured, contenders, f"time is not measured where the run is {measured.evidence}")
         return
     start = time.perf_counter()
     try:

@@ -13,6 +13,7 @@ from compress import providers
 from compress.contracts import Runtime, StaticallyChecked
 from compress.errors import CompressError, ProviderError, WorkerError
 from compress.validation.artifact import Artifact
+from compress.validation.in_pieces import PIECE_NAME
 from compress.validation.protocol import Json, run_worker
 
 REFERENCE = "cpu"
@@ -89,8 +90,13 @@ def run_artifact(
         "provider_options": dict(artifact.provider_options.get(provider, {})),
         "threads": threads,
         "jobs": jobs,
+        "in_pieces": artifact.in_pieces,
     }
-    return run_worker("worker", request, timeout=timeout, runtime=runtime_of(provider), progress=progress)
+    try:
+        return run_worker("worker", request, timeout=timeout, runtime=runtime_of(provider), progress=progress)
+    finally:
+        if artifact.in_pieces:  # a worker that was killed leaves it
+            artifact.model.with_name(PIECE_NAME).unlink(missing_ok=True)
 
 
 def check_statically(artifact: Artifact, provider: str, timeout: float) -> Json:

@@ -3,7 +3,7 @@
 Request: ``checkpoint`` {reference, adapter, revision, task}, ``threads``, ``jobs``:
 
 - ``logits``: ``windows`` (.npy int64 ``[windows, length]``) -> ``output`` (.npy float32 ``[windows * length, vocab]``),
-  one decoder block in memory at a time;
+  one decoder block in memory at a time, with ``by_rows`` (true) less than that;
 - ``speed``: ``prompt_tokens``, ``new_tokens``, ``repeats``, ``memory_cap`` (bytes or null) -> ``prefill_seconds``,
   ``decode_seconds``, with the whole float32 model in memory; refused when it is predicted not to fit. With ``samples``
   (a job of that kind) its answer is there as well, made after the clock has stopped;
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.allocator import return_buffers
 from compress.contracts import Checkpoint
 from compress.errors import CompressError
 from compress.validation import source_samples
@@ -80,7 +81,10 @@ def versions() -> dict[str, str]:
 def write_logits(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
     """Write the source model's logits for every position of the windows."""
     windows = np.load(item["windows"])
-    model = StreamedModel(checkpoint)
+    by_rows = bool(item.get("by_rows"))
+    if by_rows:
+        return_buffers()
+    model = StreamedModel(checkpoint, by_rows=by_rows)
     hidden = model.hidden_states(windows, lambda fraction: progress((1 - HEAD_SHARE) * fraction))
     with LogitsWriter(item["output"], windows.size, model.vocab_size) as output:
         for start, block in model.logits(hidden):

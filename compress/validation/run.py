@@ -40,6 +40,7 @@ from compress.validation.logits import LogitsFile, check_disk
 from compress.validation.on_provider import REFERENCE, Terms, run_artifact
 from compress.validation.protocol import CheckpointSpec as CheckpointSpec
 from compress.validation.protocol import Json, run_worker
+from compress.validation.room import Way
 from compress.validation.samples import Sampling
 from compress.validation.speed import Baselined, Contender, SpeedPlan, float_contender, measure_speed
 
@@ -119,6 +120,7 @@ def run_validation(
     memory_cap: int | None = None,
     terms: Terms = Terms(),  # noqa: B008 - frozen
     sample_tokens: int = 0,
+    way: Way = Way(),  # noqa: B008 - frozen
 ) -> Validation:
     """Measure an artifact and judge it.
 
@@ -139,6 +141,7 @@ def run_validation(
         memory_cap: The most bytes a baseline may take.
         terms: Provider options, and what may fall back.
         sample_tokens: The most tokens that source and artifact write after each prompt; 0 for none.
+        way: How it fits into memory: in pieces, speed and samples are not measured.
 
     Returns:
         The measures and the verdict.
@@ -148,25 +151,41 @@ def run_validation(
         ResourceError: The logits do not fit on the disk (``TMPDIR``, or else beside the artifact).
         CompressError: The artifact directory or the source model cannot be read.
     """
-    opened = replace(open_artifact(artifact), provider_options=terms.options)
+    in_pieces = way.in_pieces
+    opened = replace(open_artifact(artifact), provider_options=terms.options, in_pieces=in_pieces is not None)
     judge(budgets, {})  # an unknown budget is told before work starts
     plan = speed_plan or SpeedPlan()
     plan = SpeedPlan(plan.prompt_tokens, plan.new_tokens, plan.repeats, threads, plan.timeout)
     _check_lengths(opened, window, plan)
     stages: list[Stage] = []
     results: dict[str, Measured] = {name: Measured() for name in providers}
-    sampling = Sampling(opened, sample_tokens)
+    sampling = Sampling(opened, sample_tokens, by_rows=way.by_rows)
+    if in_pieces is not None and sample_tokens:
+        sampling = Sampling(opened, 0, reason=in_pieces)
     with temporary.directory("compress-validate-") as scratch:
         work = Path(scratch)
         reference = None
         if checkpoint_spec is not None:
             reference = make_reference(
-                opened, checkpoint_spec, eval_text, tokens, window, plan, work, stages, progress, sampling
+                opened,
+                checkpoint_spec,
+                eval_text,
+                tokens,
+                window,
+                plan,
+                work,
+                stages,
+                progress,
+                sampling,
+                by_rows=way.by_rows,
             )
-            check_disk(work, (len(results) + 1) * reference.windows.size * opened.vocab_size * 4)
+            check_disk(work, ((len(results) + 1) * opened.vocab_size + _between(opened)) * reference.windows.size * 4)
         for name, measured in results.items():
             measure_graph(opened, name, reference, measured, plan, work, stages, progress, sampling)
     for name, measured in results.items():
+        if in_pieces is not None:
+            skip_speed(measured, ("pytorch", "onnx_float"), in_pieces)
+            continue
         contenders = _baselines(
             checkpoint_spec if pytorch_baseline else None, float_baseline, float_baseline_reason, memory_cap, name
         )
@@ -215,6 +234,8 @@ def make_reference(
     stages: list[Stage],
     progress: Progress,
     sampling: Sampling | None = None,
+    *,
+    by_rows: bool = False,
 ) -> Reference:
     """Cut the text into windows and write the source model's logits for them into ``work``; encode the prompts."""
     chosen = text.embedded("evaluation") if eval_text is None else text.from_file(eval_text, tokens)
@@ -222,7 +243,7 @@ def make_reference(
     check_disk(work, windows.size * artifact.vocab_size * 4)
     path, output = work / "windows.npy", work / "reference.npy"
     np.save(path, windows)
-    jobs: list[Json] = [{"kind": "logits", "windows": str(path), "output": str(output)}]
+    jobs: list[Json] = [{"kind": "logits", "windows": str(path), "output": str(output), "by_rows": by_rows}]
     jobs += [] if sampling is None else sampling.prompt_jobs()
     request = {"checkpoint": checkpoint.as_request(), "threads": plan.threads, "jobs": jobs}
     start = time.perf_counter()
@@ -314,7 +335,8 @@ def measure_graph(
         measured.fail(provider, error)
         measured.missing |= dict.fromkeys(("kl", "top1_agreement", "perplexity_ratio"), "the run failed")
         return
-    stages.append(Stage(name=f"drift on {provider}", seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
+    name = f"drift on {provider}" + (f" in {response['pieces']} pieces" if artifact.in_pieces else "")
+    stages.append(Stage(name=name, seconds=since(start), peak_rss_bytes=response["peak_rss_bytes"]))
     measured.note(response)
     if isinstance(measured.drift, DecoderDrift) and reference is not None and provider != REFERENCE:
         _measure_from_cpu(artifact, provider, reference, measured, plan, work, progress)
@@ -394,7 +416,7 @@ def _measure_speed(
         measured.missing |= {f"speedup_vs_{name}": "the run failed" for name in contenders}
         return
     if measured.evidence != "measured":
-        skip_speed(measured, contenders)
+        skip_speed(measured, contenders, f"time is not measured where the run is {measured.evidence}")
         return
     start = time.perf_counter()
     try:
@@ -412,9 +434,8 @@ def _measure_speed(
     measured.missing |= {f"speedup_vs_{name}": item.skipped or "" for name, item in speed.baselines.items()}
 
 
-def skip_speed(measured: Measured, contenders: Iterable[str]) -> None:
-    """Note why there is no speed: a simulator's or an emulator's time says nothing of the device's."""
-    why = f"time is not measured where the run is {measured.evidence}"
+def skip_speed(measured: Measured, contenders: Iterable[str], why: str) -> None:
+    """Note why there is no speed, nor a ratio to any of ``contenders``."""
     measured.not_measured["speed"] = why
     measured.missing |= {f"speedup_vs_{name}": why for name in contenders}
 
@@ -521,6 +542,12 @@ def _report_drift(
             self_kl_max=through_cache.self_kl_max,
         ),
     )
+
+
+def _between(artifact: Artifact) -> int:
+    """Return how many numbers of a token lie on the disk between pieces: two hidden states, while they are replaced."""
+    hidden = artifact.config.get("hidden_size", artifact.config.get("n_embd"))
+    return 4 * hidden if artifact.in_pieces and isinstance(hidden, int) else 0
 
 
 def _check_lengths(artifact: Artifact, window: int, plan: SpeedPlan) -> None:

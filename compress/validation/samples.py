@@ -44,12 +44,14 @@ class Sampling:
         artifact: Whose tokenizer, chat template and limits count.
         new_tokens: The most tokens a text; 0 for no samples.
         reason: Why there are none, where something went wrong.
+        by_rows: The streamed source never holds a block.
         samples: The result.
     """
 
     artifact: Artifact
     new_tokens: int
     reason: str | None = None
+    by_rows: bool = False
     samples: tuple[Sample, ...] = ()
     _prompts: list[_Prompt] = field(default_factory=list)
     _written: list[list[int]] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Sampling:
             "written": self._written,
             "limits": [prompt.limit for prompt in self._prompts],
             "stop": self._stop,
+            "by_rows": self.by_rows,
         }
 
     def take_source(self, result: Json) -> None:

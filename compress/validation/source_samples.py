@@ -4,8 +4,8 @@
 ``stop`` (ids that end a text), or ``reason`` why there are none.
 
 ``samples``: ``directory``, ``prompts`` [ids], ``written`` [the artifact's new ids, the one that ended it among them],
-``limits`` [new tokens at most], ``stop`` -> ``samples``, an entry a prompt: ``artifact`` and ``source`` (texts),
-``first_difference`` (index of a new token, or null), ``source_complete``.
+``limits`` [new tokens at most], ``stop``, ``by_rows`` (of the streamed source) -> ``samples``, an entry a prompt:
+``artifact`` and ``source`` (texts), ``first_difference`` (index of a new token, or null), ``source_complete``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ahead(checkpoint: Checkpoint, item: Json, progress: Progress) -> Json:
         text = [*prompt, *written[:-1]]
         windows[row, : len(text)] = text
         places += [(row, column) for column in range(len(prompt) - 1, len(text))]
-    model = StreamedModel(checkpoint)
+    model = StreamedModel(checkpoint, by_rows=bool(item.get("by_rows")))
     hidden = model.hidden_states(windows, progress)
     rows, columns = (torch.tensor(axis) for axis in zip(*places, strict=True))
     best, choices = np.full(len(places), -np.inf, np.float32), np.zeros(len(places), np.int64)

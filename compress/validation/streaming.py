@@ -8,7 +8,8 @@ after it, and the output head runs on a few thousand rows of the vocabulary at a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from compress.contracts import Checkpoint
 from compress.errors import SourceError, UnsupportedModelError
+from compress.validation import by_rows
 
 #: Runs a block on some windows ``[some, length, hidden]``, whose places in the batch the slice tells (masks have rows).
 Call = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -41,6 +43,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 class StreamedModel:
     """A causal language model of a checkpoint, in float32.
 
+    ``by_rows`` runs blocks whose weights are read a band of rows at a time; see :mod:`compress.validation.by_rows`.
+
     Attributes:
         model: The transformers model, parameters on the meta device.
         vocab_size: Rows of the output head.
@@ -49,9 +53,10 @@ class StreamedModel:
         UnsupportedModelError: transformers has no such model, or its layers or embeddings cannot be found.
     """
 
-    def __init__(self, checkpoint: Checkpoint, attention: str = "sdpa") -> None:
+    def __init__(self, checkpoint: Checkpoint, attention: str = "sdpa", *, by_rows: bool = False) -> None:
         self._checkpoint = checkpoint
         self._tensors = checkpoint.tensors()
+        self._by_rows = by_rows
         self.model = _build(checkpoint, attention)
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._decoder = self.model.get_decoder()
@@ -145,9 +150,10 @@ class StreamedModel:
                 bias = torch.from_numpy(self._checkpoint.read(self._tensor_name(bias_name), start, stop))
                 self._head.bias = torch.nn.Parameter(bias, requires_grad=False)
             logits = self.model(input_ids=ids, use_cache=False).logits
+            del block  # before the next one is read
+            self._head.weight = _empty(self._head.weight)
             yield start, logits.reshape(tokens, stop - start).numpy()
         del self._decoder.forward
-        self._head.weight = _empty(self._head.weight)
 
     def head(self) -> torch.Tensor:
         """Return the output head's weight, float32 ``[vocab, hidden]``.
@@ -172,14 +178,31 @@ class StreamedModel:
                 first: torch.Tensor = out[0] if isinstance(out, tuple) else out
                 return first
 
-            self.fill(layer)
+            self._prepare(layer)
             result = visit(index, layer, call, hidden)
-            empty(layer)
+            self._leave(layer)
             if progress is not None:
                 progress((index + 1) / len(self._layers))
             return result
 
         return forward
+
+    def _prepare(self, layer: torch.nn.Module) -> None:
+        """Read a block's weights, or only those that are not read by rows."""
+        products = list(by_rows.products(layer)) if self._by_rows else []
+        large = {id(module) for module in products}
+        for module in layer.modules():
+            self._fill(module, recurse=False, skip=frozenset({"weight"}) if id(module) in large else frozenset())
+        for module in products:
+            full = f"{self._names[id(module)]}.weight"
+            name = self._tensor_name(full)
+            _check_shape(full, self._tensors[name].shape, module.get_parameter("weight").shape)
+            by_rows.install(module, partial(self._checkpoint.read, name))
+
+    def _leave(self, layer: torch.nn.Module) -> None:
+        for module in by_rows.products(layer) if self._by_rows else ():
+            by_rows.remove(module)
+        empty(layer)
 
     def each(self, visit: Callable[[int, torch.nn.Module], None]) -> None:
         """Call ``visit`` with every block's index and filled module; nothing is run."""
@@ -207,18 +230,16 @@ class StreamedModel:
             if id(module) not in streamed and module is not self._embedding and module is not self._head:
                 yield module
 
-    def _fill(self, root: torch.nn.Module, recurse: bool = True) -> None:
-        """Read the parameters of a module (and of those inside it) from the checkpoint."""
+    def _fill(self, root: torch.nn.Module, recurse: bool = True, skip: frozenset[str] = frozenset()) -> None:
+        """Read the parameters of a module (and of those inside it) from the checkpoint, but for those to ``skip``."""
         for module in root.modules() if recurse else [root]:
             prefix = self._names[id(module)]
             for name, parameter in list(module.named_parameters(recurse=False)):
                 full = f"{prefix}.{name}" if prefix else name
-                if module is self._head and self.model.config.tie_word_embeddings:
+                if name in skip or (module is self._head and self.model.config.tie_word_embeddings):
                     continue
                 tensor = torch.from_numpy(self._checkpoint.read(self._tensor_name(full)))
-                if tensor.shape != parameter.shape:
-                    found, wanted = list(tensor.shape), list(parameter.shape)
-                    raise SourceError(f"tensor has shape {found}, the config asks for {wanted}", where=full)
+                _check_shape(full, tensor.shape, parameter.shape)
                 setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
 
     def _rows(self, used: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -250,6 +271,11 @@ class StreamedModel:
 
     def _kind(self) -> str:
         return str(self._checkpoint.config.get("model_type"))
+
+
+def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise SourceError(f"tensor has shape {list(found)}, the config asks for {list(wanted)}", where=name)
 
 
 def _build(checkpoint: Checkpoint, attention: str) -> Any:

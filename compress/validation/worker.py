@@ -1,7 +1,8 @@
 """The worker that runs one artifact: ``python -m compress.validation.worker`` (see ``protocol``).
 
 Request: ``model`` (path of the .onnx), ``provider``, ``session_options`` and ``provider_options`` {str: str},
-``threads``, ``jobs``. A job is ``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
+``threads``, ``jobs``, ``in_pieces`` (true: see that module; the answer has their number as ``pieces``). A job is
+``{"kind": ..., ...}``; its answer stands at the same place in ``results``:
 
 - ``probe``: ``inputs`` {name: numbers} -> ``outputs`` {name: numbers}, for graphs of a few float32 numbers;
 
@@ -25,7 +26,7 @@ import contextlib
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def handle(request: Json, job: Path) -> Json:
     model = Path(request["model"])
     if not model.is_file():
         raise CompressError("there is no such model file", where=str(model))
+    if request.get("in_pieces"):
+        return _in_pieces(request, model, provider, job)
     start = time.perf_counter()
     options, own = request.get("session_options", {}), request.get("provider_options", {})
     session = provider.session(model, options, int(request["threads"]), own)
@@ -87,14 +90,42 @@ def handle(request: Json, job: Path) -> Json:
     }
 
 
+def _in_pieces(request: Json, model: Path, provider: Provider, job: Path) -> Json:
+    from compress.validation import in_pieces
+
+    done = in_pieces.run(
+        model,
+        provider,
+        request.get("session_options", {}),
+        int(request["threads"]),
+        request.get("provider_options", {}),
+        request["jobs"],
+        lambda fraction: report_progress(job, fraction),
+    )
+    return {
+        "results": done.results,
+        "load_seconds": done.load_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "placement": _placement(provider, done.nodes),
+        "evidence": provider.evidence(),
+        "device": provider.device(),
+        "versions": versions(),
+        "pieces": done.pieces,
+    }
+
+
 def placement(session: Any, provider: Provider) -> Json:  # noqa: ANN401 - onnxruntime has no stubs
     """Return where ONNX Runtime put the graph's nodes: totals, and each node that is not on ``provider``."""
-    total, fallback = 0, []
+    found: dict[str, list[str]] = {}
     for subgraph in session.get_provider_graph_assignment_info():
-        nodes = subgraph.get_nodes()
-        total += len(nodes)
-        if subgraph.ep_name != provider.onnxruntime_name:
-            fallback += [f"{node.name} ({node.op_type}) on {subgraph.ep_name}" for node in nodes]
+        found.setdefault(subgraph.ep_name, []).extend(f"{node.name} ({node.op_type})" for node in subgraph.get_nodes())
+    return _placement(provider, found)
+
+
+def _placement(provider: Provider, nodes: Mapping[str, list[str]]) -> Json:
+    total = sum(map(len, nodes.values()))
+    owners = [owner for owner in nodes if owner != provider.onnxruntime_name]
+    fallback = [f"{node} on {owner}" for owner in owners for node in nodes[owner]]
     return {
         "provider": provider.name,
         "nodes_total": total,

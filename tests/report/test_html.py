@@ -230,9 +230,17 @@ def test_the_command_makes_the_same_profile_again() -> None:
     assert not {option for option, _ in pairs} - {name for item in command.params for name in item.opts}
 
 
+def test_a_budget_that_was_taken_away_is_said() -> None:
+    document = copy.deepcopy(full_reports.DECODER)
+    del document["profile"]["resolved"]["budget"]["max_kl"]
+    found = reproduce.reproduction(Report.model_validate(document))
+    assert found is not None and "'budget.max_kl=\"none\"'" in found.words
+    assert not any("as this version has it" in note for note in found.notes)
+
+
 def test_what_no_command_can_say_is_said_in_words() -> None:
     document = copy.deepcopy(full_reports.DECODER)
-    del document["profile"]["resolved"]["budget"]["max_kl"]  # the shipped profile has one: no --set removes it
+    del document["profile"]["resolved"]["quantize"]["roles"]["embedding"]["block_size"]  # no --set removes it
     found = reproduce.reproduction(Report.model_validate(document))
     assert found is not None and "--set" not in found.words
     assert any("not arm-int4 as this version has it" in note for note in found.notes)
