@@ -44,9 +44,12 @@ from compress.errors import (
     EXIT_OK,
     EXIT_PROVIDER,
     EXIT_USAGE,
+    LAYOUT,
+    MAX_HINT,
     CompressError,
     UsageError,
     did_you_mean,
+    printable,
 )
 
 
@@ -444,7 +447,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message, MAX_HINT, keep=LAYOUT)}", err=True)
     return code
 
 

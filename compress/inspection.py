@@ -5,7 +5,6 @@ A directory without a manifest is read as far as it goes: the graph of another t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +199,7 @@ def _report(path: Path) -> dict[str, Any] | None:
         return None
     found = report_json.read(path)
     return {
-        "schema_version": json.loads(path.read_bytes())["schema_version"],  # as it is on disk; of a size just checked
+        "schema_version": read_json_object(path, report_json.MAX_BYTES)["schema_version"],  # as it is on disk
         "verdict": found.verdict.model_dump(mode="json"),
         "created": found.created,
         "source": found.source.identifier if found.source else None,

@@ -33,6 +33,7 @@ from compress.quantize import load_quantizer
 from compress.report import tensors
 from compress.report.environment import created
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 from compress.source.sentence_transformers import Pooling
 from compress.stored_errors import StoredErrors
 from compress.tasks import load_task
@@ -465,7 +466,7 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> None:
     for name, path in checkpoint.sidecars().items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
-    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(checkpoint.directory / "config.json", MAX_CONFIG_BYTES)
     if config.get("architectures") == checkpoint.config.get("architectures"):
         shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
     else:

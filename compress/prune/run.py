@@ -27,6 +27,7 @@ from compress.prune.distill import Distilled, distill
 from compress.prune.distill_texts import TOKENS as LEARNT_TOKENS
 from compress.prune.distill_texts import learning_texts
 from compress.source.base import TOKENIZER_NAMES
+from compress.source.files import MAX_CONFIG_BYTES, check_regular, read_json_object
 from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME
 from compress.validation.protocol import run_worker
 
@@ -34,6 +35,8 @@ TIMEOUT_SECONDS = 48 * 3600.0
 RECORD_NAME = "pruning.json"
 #: The ids of the source that a trimmed vocabulary kept, int64: the new id is the place.
 KEPT_IDS_NAME = "kept_ids.npy"
+
+MAX_KEPT_BYTES = 256 << 20
 
 Progress = Callable[[float], None]
 
@@ -214,8 +217,12 @@ def trim_as_before(
     Raises:
         CompressError: The list is damaged, or another model's.
     """
-    ids = np.load(kept, allow_pickle=False)
     structure, _ = prunable(checkpoint)
+    check_regular(kept, MAX_KEPT_BYTES)
+    try:
+        ids = np.load(kept, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise CompressError(f"the list of kept token ids is damaged: {error}", where=str(kept)) from error
     if (
         ids.ndim != 1
         or ids.dtype != np.int64
@@ -304,7 +311,7 @@ def recover(
         for path in (*directory.glob("model*.safetensors"), directory / INDEX_NAME):
             path.unlink(missing_ok=True)
         (directory / ".distilled.safetensors").replace(directory / WEIGHTS_NAME)
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
         write_file(
             directory / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
         )

@@ -13,10 +13,12 @@ from typing import Any, Protocol, Self
 
 from compress.contracts import Checkpoint, FloatArray, SourceFile, TensorInfo
 from compress.errors import SourceError, UnsupportedModelError
-from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object, sha256_of
+from compress.source.files import MAX_CONFIG_BYTES, check_regular, contained, read_json_object, sha256_of
 from compress.source.sentence_transformers import SENTENCE_NAMES
 
 CONFIG_NAME = "config.json"
+#: Side files are copied into an artifact and read whole by other libraries.
+MAX_SIDECAR_BYTES = 128 << 20
 TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -199,13 +201,16 @@ def find_sidecars(directory: Path) -> dict[str, Path]:
     A name is relative to the directory, with ``/`` before a file in a folder (``1_Pooling/config.json``).
 
     Raises:
-        SourceError: One of them is a link out of the directory, or not a regular file.
+        SourceError: One of them is a link out of the directory, not a regular file, or larger than any.
     """
-    return {
+    found = {
         name: contained(directory, name)
         for name in SIDECAR_NAMES
         if (directory / name).is_symlink() or (directory / name).exists()
     }
+    for name, path in found.items():
+        check_regular(path, MAX_SIDECAR_BYTES, name)
+    return found
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
