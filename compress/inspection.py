@@ -15,6 +15,7 @@ from compress.contracts import Linear, Table
 from compress.errors import CompressError
 from compress.graph import contents
 from compress.package import manifest
+from compress.package.tree import scan
 from compress.report import json as report_json
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
@@ -85,11 +86,7 @@ def _files(artifact: Path, record: Mapping[str, Any] | None) -> list[dict[str, A
 
     Sizes are compared, not digests: ``compress verify`` reads every byte, this does not.
     """
-    present = {
-        path.relative_to(artifact).as_posix(): path.stat().st_size
-        for path in sorted(artifact.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-    }
+    present = dict(sorted(scan(artifact).files.items()))
     if record is None:
         return [{"name": name, "size": size, "sha256": None, "state": None} for name, size in present.items()]
     found = []
@@ -120,12 +117,25 @@ def _from_graph(artifact: Path, path: Path | None) -> dict[str, Any]:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise a dozen classes for a damaged file
         raise CompressError(f"model.onnx cannot be read: {error}", where=str(artifact)) from error
+    try:
+        return _graph(model, path.relative_to(artifact).as_posix(), artifact)
+    except CompressError:
+        raise
+    except Exception as error:  # a graph may be anything: shapes that are none, types that do not exist
+        raise CompressError(
+            f"the graph is damaged: {type(error).__name__}: {error}",
+            where=str(path),
+            hint="compress verify ARTIFACT tells all that is wrong",
+        ) from error
+
+
+def _graph(model: ir.Model, name: str, artifact: Path) -> dict[str, Any]:
     operators: dict[str, int] = {}
     for node in model.graph:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     external = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
     return {
-        "graph": path.relative_to(artifact).as_posix(),
+        "graph": name,
         "opset": model.opset_imports.get("", 0),
         "inputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.inputs],
         "outputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.outputs],

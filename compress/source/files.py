@@ -260,7 +260,7 @@ def parse_json(content: bytes, label: str) -> Any:
     hint = "download or copy the model again"
     try:
         value = json.loads(
-            content, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+            content, object_pairs_hook=unique_keys, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
         )
     except RecursionError as error:
         raise SourceError("the JSON is nested too deeply", where=label) from error
@@ -276,7 +276,12 @@ def parse_json(content: bytes, label: str) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values: an ``object_pairs_hook`` that refuses a key that is there twice.
+
+    Raises:
+        ValueError: One is.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -19,7 +19,8 @@ from compress.errors import SourceError, did_you_mean
 from compress.source.files import RandomAccessFile
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-MAX_HEADER_BYTES = 32 << 20
+#: A header of ten thousand tensors has a megabyte; read, it takes ten times its size.
+MAX_HEADER_BYTES = 8 << 20
 CHUNK_ELEMENTS = 1 << 18
 _DAMAGED = "the file is truncated or damaged: download or copy it again"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.package.external import data_files
+from compress.package.onnx_check import check_places
 from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object
 from compress.profile import names_a_file
 from compress.tasks import architecture_of, task_of
@@ -78,6 +79,9 @@ def open_artifact(directory: Path) -> Artifact:
     if not (directory / filename).is_file():
         raise CompressError(f"the artifact has no {filename}", where=str(directory))
     contained(directory, filename, named_by="genai_config.json")
+    for graph in (directory / filename, directory / DECODE_NAME):
+        if graph.is_file():
+            check_places(graph)
     vocab = config.get("vocab_size")
     if type(vocab) is not int or not 0 < vocab <= MAX_VOCABULARY:
         raise CompressError("the config does not say the vocabulary's size", where=str(directory / "config.json"))
