@@ -5,6 +5,7 @@ A directory without a manifest is read as far as it goes: the graph of another t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def _from_graph(artifact: Path, path: Path | None) -> dict[str, Any]:
     except Exception as error:  # protobuf and onnx_ir raise a dozen classes for a damaged file
         raise CompressError(f"model.onnx cannot be read: {error}", where=str(artifact)) from error
     try:
-        return _graph(model, path.relative_to(artifact).as_posix(), artifact)
+        found = _graph(model, path.relative_to(artifact).as_posix(), artifact)
+        json.dumps(found)  # protobuf makes bytes of a name that is not UTF-8
+        return found
     except CompressError:
         raise
     except Exception as error:  # a graph may be anything: shapes that are none, types that do not exist

@@ -186,7 +186,9 @@ def _context_fault(node: onnx.NodeProto, folder: PurePosixPath, tree: Tree) -> s
     return _place_fault(values["ep_cache_context"].s.decode("utf-8", "backslashreplace"), folder, tree)
 
 
-def _place_fault(location: str, folder: PurePosixPath, tree: Tree) -> str | None:
+def _place_fault(location: str | bytes, folder: PurePosixPath, tree: Tree) -> str | None:
+    if isinstance(location, bytes):  # what protobuf makes of a string that is not UTF-8
+        return "its place is not text"
     fault = name_fault(location)
     if fault is not None:
         return f"its place {location!r} is refused: {fault}"

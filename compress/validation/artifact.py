@@ -10,6 +10,7 @@ from typing import Any
 from compress.errors import CompressError
 from compress.package.external import data_files
 from compress.package.onnx_check import check_places
+from compress.package.tree import name_fault
 from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object
 from compress.profile import names_a_file
 from compress.tasks import architecture_of, task_of
@@ -74,8 +75,8 @@ def open_artifact(directory: Path) -> Artifact:
         if not isinstance(decoder, dict):
             raise CompressError("model.decoder is not a mapping", where="genai_config.json")
     filename = decoder.get("filename", "model.onnx")
-    if not isinstance(filename, str) or Path(filename).name != filename:
-        raise CompressError(f"the graph's file name {filename!r} is not a plain name", where="genai_config.json")
+    if not isinstance(filename, str) or Path(filename).name != filename or name_fault(filename):
+        raise CompressError(f"the graph's file name {filename!r:.80} is not a plain name", where="genai_config.json")
     if not (directory / filename).is_file():
         raise CompressError(f"the artifact has no {filename}", where=str(directory))
     contained(directory, filename, named_by="genai_config.json")
