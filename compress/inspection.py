@@ -16,6 +16,7 @@ from compress.contracts import Linear, Table
 from compress.errors import CompressError
 from compress.graph import contents
 from compress.package import manifest
+from compress.package.manifest_schema import parse_manifest
 from compress.package.tree import scan
 from compress.report import json as report_json
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
@@ -53,7 +54,12 @@ def _manifest(artifact: Path) -> dict[str, Any] | None:
     path = artifact / manifest.NAME
     if not path.is_file():
         return None
-    return manifest.read_manifest(artifact)
+    record = manifest.read_manifest(artifact)
+    try:
+        parse_manifest(record)
+    except CompressError as error:
+        raise CompressError(f"manifest.json is damaged: {error.what}", where=str(path)) from None
+    return record
 
 
 def source_files(artifact: Path) -> dict[str, str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
+resource: Any
 try:
     import resource
 except ImportError:
-    resource = None  # type: ignore[assignment]
+    resource = None
 
 
 def limit(seconds: float, memory: int) -> None:

@@ -18,6 +18,7 @@ from compress.errors import CompressError, UsageError, did_you_mean
 from compress.sizes import parse_size
 
 _MAX_PROFILE_BYTES = 256 * 1024
+_MAX_DOTS = 200
 
 
 class _Strict(BaseModel):
@@ -380,6 +381,9 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
 
 def _toml(content: bytes, where: str) -> dict[str, Any]:
     """Return what a profile's file says; a number of too many digits is a plain ``ValueError``."""
+    if any(line.count(b".") > _MAX_DOTS for line in content.splitlines()):
+        # The parser's time grows with the square of a dotted key's length.
+        raise UsageError(f"not valid TOML here: a line has more than {_MAX_DOTS} dots", where=where)
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

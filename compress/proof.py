@@ -211,6 +211,7 @@ def validate_artifact(
         CompressError: The reference is not the model that the artifact was made from.
     """
     record = manifest.read_manifest(artifact)
+    open_artifact(artifact)  # what cannot be run is refused before the source is
     profile = parse_stored_profile(record["profile"], where=str(artifact / manifest.NAME))
     tensors = tensor_records.of_manifest(record, str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)

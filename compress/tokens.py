@@ -74,7 +74,12 @@ class _Process:
     def __init__(self) -> None:
         self.owner = os.getpid()
         package = Path(tokens_worker.__file__).resolve().parents[1]
-        environment = os.environ | {"PYTHONPATH": str(package), "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(package),
+            "TOKENIZERS_PARALLELISM": "false",
+            "RUST_BACKTRACE": "0",
+            "OMP_NUM_THREADS": "1",
+        }
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", tokens_worker.__name__],
             stdin=subprocess.PIPE,
@@ -212,7 +217,7 @@ class Tokenizer:
             length: Tokens after which a text is cut, special ones included.
             fields: What of :class:`Encoding` is wanted.
         """
-        given = [list(pair) for pair in texts]
+        given = list(texts)
         size = sum(len(a.encode("utf-8", "replace")) + len((b or "").encode("utf-8", "replace")) for a, b in given)
         answer = self._ask(
             "encode", TEXT_BYTES_A_SECOND, size, size, texts=given, special=special, length=length, fields=list(fields)

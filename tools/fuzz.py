@@ -1,6 +1,6 @@
 """Feed every parser hostile cases and see whether each ends well or by one clear error.
 
-``python tools/fuzz.py [--seconds N | --cases N] [TARGET...]``: cases are made of the corpus (tests/fuzz/corpus/TARGET) by
+``python tools/fuzz.py [--seconds N | --cases N] [TARGET...]``: cases are made of the corpus (tests/fuzz/corpus) by
 tests/fuzz/mutations.py, the same ones for the same seed. Each target runs in a process of its own, with a limit of time
 a case and of memory; a process that crashes or hangs is started anew, and the case is kept (``--out``).
 ``--engine atheris`` lets coverage guide the cases where atheris is installed (the extra ``fuzz``).
@@ -32,10 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 HANG_SECONDS = 10.0
+START_SECONDS = 120.0
 #: Address space beyond what the process has once everything is imported.
 MEMORY_BYTES = 1 << 30
 MAX_CASE = 1 << 20
-_STATE = struct.Struct("<QQ")  # cases begun, length of the current one
+_STATE = struct.Struct("<QQQ")  # cases begun, length of the current one, whether the seeds are done
 #: Starts of one target's process, after which the rest of its share is left.
 MAX_STARTS = 20
 
@@ -141,19 +142,28 @@ def _fuzz(name: str, share: Share, options: argparse.Namespace) -> Found:
     return total
 
 
-def _process(
-    name: str, cases: int | None, seconds: float | None, seed: int, options: argparse.Namespace
-) -> Found:
+def _process(name: str, cases: int | None, seconds: float | None, seed: int, options: argparse.Namespace) -> Found:
     with tempfile.TemporaryDirectory(prefix="compress-fuzz-") as work:
         state, answer = Path(work) / "state", Path(work) / "answer"
         state.write_bytes(bytes(_STATE.size + MAX_CASE))
-        command = [sys.executable, "-W", "ignore", __file__, "--child", name, "--state", str(state), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--child",
+            name,
+            "--state",
+            str(state),
+            "--seed",
+            str(seed),
+        ]
         command += ["--out", str(options.out), "--engine", options.engine]
         command += ["--cases", str(cases)] if cases is not None else ["--seconds", str(seconds)]
         with answer.open("wb") as stream, (Path(work) / "log").open("wb") as log:
             child = subprocess.Popen(command, stdout=stream, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
             hung = _watch(child, state)
-        begun, length = _STATE.unpack_from(state.read_bytes())
+        begun, length, _ = _STATE.unpack_from(state.read_bytes())
         case = state.read_bytes()[_STATE.size : _STATE.size + length]
         if child.returncode == 0 and not hung:
             return Found(**json.loads(answer.read_text().splitlines()[-1]))
@@ -168,17 +178,18 @@ def _process(
 
 def _watch(child: subprocess.Popen[bytes], state: Path) -> bool:
     """Wait for a process; returns whether it was killed because a case took too long."""
-    seen, since = 0, time.monotonic() + 60  # imports come first
+    seen, since = 0, time.monotonic()
     while True:
         try:
             child.wait(0.2)
             return False
         except subprocess.TimeoutExpired:
             with state.open("rb") as stream:
-                begun, _ = _STATE.unpack(stream.read(_STATE.size))
+                begun, _, settled = _STATE.unpack(stream.read(_STATE.size))
             if begun != seen:
                 seen, since = begun, time.monotonic()
-            elif time.monotonic() - since > HANG_SECONDS + 2:
+            # Seeds import everything, which is not what is timed.
+            elif time.monotonic() - since > (HANG_SECONDS if settled else START_SECONDS) + 2:
                 child.kill()
                 child.wait()
                 return True
@@ -228,7 +239,7 @@ class _Runner:
         case = case[:MAX_CASE]
         self._state[_STATE.size : _STATE.size + len(case)] = case
         self.found.cases += 1
-        _STATE.pack_into(self._state, 0, self.found.cases, len(case))
+        _STATE.pack_into(self._state, 0, self.found.cases, len(case), bool(self._idle))
         begun = time.perf_counter()
         try:
             self.found.accepted += bool(self._run(self.found.target, case))
@@ -265,7 +276,7 @@ class _Runner:
 def _atheris(options: argparse.Namespace, runner: _Runner) -> int:
     """Let atheris (libFuzzer) choose the cases; what it crashes by is noted as elsewhere, and does not end it."""
     try:
-        import atheris
+        atheris = importlib.import_module("atheris")
     except ImportError:
         print("atheris is not installed: pip install 'compress-slm[fuzz]' (Linux)", file=sys.stderr)
         return 2

@@ -146,8 +146,8 @@ def load_adapter_config(directory: Path, name: str) -> LoraConfig:
 
 
 def _is_number(value: object) -> bool:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) <= MAX_NUMBER  # NaN is not
+    # NaN is not below anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
@@ -159,7 +159,11 @@ def _number(config: Mapping[str, Any], key: str, where: str) -> float:
 
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> Patterns:
     value = config.get(key) or {}
-    if not isinstance(value, dict) or len(value) > _MAX_PATTERNS or not all(_is_number(number) for number in value.values()):
+    if (
+        not isinstance(value, dict)
+        or len(value) > _MAX_PATTERNS
+        or not all(_is_number(number) for number in value.values())
+    ):
         raise SourceError(f"{key} is not a mapping of module names to numbers", where=where)
     for pattern in value:
         _check_pattern(pattern, key, where)

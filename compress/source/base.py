@@ -19,6 +19,7 @@ from compress.source.sentence_transformers import SENTENCE_NAMES
 CONFIG_NAME = "config.json"
 #: Side files are copied into an artifact and read whole by other libraries.
 MAX_SIDECAR_BYTES = 128 << 20
+_MAX_MODEL_TYPE = 64
 TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,6 +31,7 @@ TOKENIZER_NAMES = (
     "tokenizer.model",
     "spiece.model",
 )
+_FAST_NAME = TOKENIZER_NAMES[0]
 # Some lie in a folder of the model's directory: names with a `/`.
 SIDECAR_NAMES = (
     *TOKENIZER_NAMES,
@@ -214,13 +216,18 @@ def find_sidecars(directory: Path) -> dict[str, Path]:
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
-    """Check that a tokenizer can be built from the checkpoint's side files.
+    """Check that a tokenizer can be built from the checkpoint's side files; ``tokenizer.json`` is loaded once.
 
     Raises:
         SourceError: None can; names what is missing.
+        CompressError: ``tokenizer.json`` is damaged.
     """
     present = checkpoint.sidecars()
     if any(all(name in present for name in names) for names in VOCABULARIES):
+        if _FAST_NAME in present:
+            from compress.tokens import Tokenizer
+
+            Tokenizer(path=present[_FAST_NAME], label=_FAST_NAME).close()
         return
     alternatives = ", ".join(" with ".join(names) for names in VOCABULARIES)
     raise SourceError(
@@ -288,6 +295,8 @@ def _transformers_has(model_type: str) -> bool:
     if spec is None or not spec.submodule_search_locations:
         return True
     folder = model_type.replace("-", "_")
-    return folder.isidentifier() and any(
-        (Path(root) / "models" / folder).is_dir() for root in spec.submodule_search_locations
+    return (
+        len(folder) <= _MAX_MODEL_TYPE
+        and folder.isidentifier()
+        and any((Path(root) / "models" / folder).is_dir() for root in spec.submodule_search_locations)
     )

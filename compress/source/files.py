@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from compress.errors import SourceError
 
@@ -105,13 +106,13 @@ def _open(path: Path, label: str) -> int:
     return descriptor
 
 
-def open_regular(path: Path, label: str | None = None) -> BinaryIO:
+def open_regular(path: Path, label: str | None = None) -> io.FileIO:
     """Open a file for reading, unbuffered, after checking that it is a regular one.
 
     Raises:
         SourceError: It cannot be opened, or is a directory, a pipe or a device.
     """
-    return open(_open(path, label or path.name), "rb", buffering=0)  # noqa: PTH123 - a descriptor
+    return io.FileIO(_open(path, label or path.name), "rb")
 
 
 def check_regular(path: Path, limit: int, label: str | None = None) -> int:

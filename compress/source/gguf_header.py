@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def read_header(path: Path) -> GgufHeader:
     """
     try:
         with io.BufferedReader(open_regular(path)) as stream:
-            return _Parser(cast(BinaryIO, stream), path.stat().st_size, path.name).parse()
+            return _Parser(stream, path.stat().st_size, path.name).parse()
     except OSError as error:
         raise SourceError(f"cannot read the file: {error.strerror or error}", where=path.name) from error
 

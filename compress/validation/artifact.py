@@ -11,8 +11,8 @@ from compress.errors import CompressError
 from compress.package.external import data_files
 from compress.package.onnx_check import check_places
 from compress.package.tree import name_fault
-from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object
 from compress.profile import names_a_file
+from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object
 from compress.tasks import architecture_of, task_of
 from compress.validation.static_decoding import DECODE_NAME
 

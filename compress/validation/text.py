@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ def from_file(path: Path, tokens: int, *, excerpts: int = 1) -> Text:
     return Text(path.name, digest, content)
 
 
-def _read(stream: BinaryIO, count: int) -> bytes:
+def _read(stream: io.FileIO, count: int) -> bytes:
     """Return ``count`` bytes, fewer where the file ends before."""
     parts: list[bytes] = []
     while count and (data := stream.read(count)):

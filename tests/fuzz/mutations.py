@@ -11,9 +11,9 @@ from typing import Any
 #: Values that a reader may not expect where a number, a name or a list is.
 ODD: tuple[Any, ...] = (
     0, 1, -1, 2, 3, 7, 8, 64, 255, 256, 65535, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 64, 10**30,
-    10**70, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), True, False, None, "", "a", "x" * 300, "../x", "/etc/passwd",
-    "a/../b", "C:\\x", "\x00", "\x1b[2J", "\u202e", "\ud800", "__class__", "{{", "(a+)+$", [], {}, [[]], [1] * 40, {"": 0},
-    ["a", 1, None], {"a": {"a": {"a": {}}}},
+    10**70, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf"), True, False, None, "", "a", "x" * 300,
+    "../x", "/etc/passwd", "a/../b", "C:\\x", "\x00", "\x1b[2J", "\u202e", "\ud800", "__class__", "{{", "(a+)+$", [], {},
+    [[]], [1] * 40, {"": 0}, ["a", 1, None], {"a": {"a": {"a": {}}}},
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 3, 7, 8, 9, 12, 31, 32, 127, 128, 255, 256, 65535, 65536, 1 << 24, (1 << 31) - 1, 1 << 31,
            (1 << 32) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
@@ -22,7 +22,7 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 
 def mutate(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
-    """Return a case: what its format allows is changed by its structure, one in three times bytes are changed as well."""
+    """Return a case: changed by its format's structure, one in three times in its bytes as well."""
     changed = data
     way = _way(data)
     if way is not None and rng.random() < 0.8:
@@ -73,7 +73,9 @@ def _json(data: bytes, rng: random.Random) -> bytes:
         parent[key] = parent[key] + rng.choice((-1, 1, 7))
     elif kind < 0.7 and isinstance(parent[key], str):
         text = parent[key]
-        parent[key] = rng.choice((text * 50, text[:-1], text.upper(), f"../{text}", f"/{text}", text + "\0", text[::-1]))
+        parent[key] = rng.choice(
+            (text * 50, text[:-1], text.upper(), f"../{text}", f"/{text}", text + "\0", text[::-1])
+        )
     else:
         parent[key] = rng.choice(ODD)
     try:
@@ -122,7 +124,9 @@ def _gguf(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         place = rng.choice((4, 8, 16))
     else:
-        names = [i for i in range(24, len(data) - 16) if data[i : i + 1].isalpha() and not data[i + 1 : i + 2].isalnum()]
+        names = [
+            i for i in range(24, len(data) - 16) if data[i : i + 1].isalpha() and not data[i + 1 : i + 2].isalnum()
+        ]
         place = (rng.choice(names) if names else rng.randrange(len(data))) + rng.choice((1, 5, 9, 13, 17, 21))
     number = struct.pack("<Q", rng.choice(NUMBERS))[:width]
     return data[:place] + number + data[place + width :]
@@ -154,5 +158,7 @@ def _bytes(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     if kind == 7 and others:
         other = rng.choice(others)
         return data[:place] + other[rng.randrange(len(other) + 1) :]
-    word = rng.choice((b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\n", b"{{", b"}}", b"%}", b"999999999999", b"-1", b"e999", b"[[["))
+    word = rng.choice(
+        (b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\n", b"{{", b"}}", b"%}", b"999999999999", b"-1", b"e999", b"[[[")
+    )
     return data[:place] + word * rng.choice((1, 1, 40)) + data[place:]

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import mutations
 import pytest
+import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import mutations
-import targets
 from compress.errors import CompressError
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -60,7 +60,8 @@ def raising(error: BaseException) -> Callable[[bytes], None]:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no"), MemoryError(), RecursionError(), KeyError("a"), UnicodeEncodeError("utf-8", "", 0, 1, "")]
+    "error",
+    [ValueError("no"), MemoryError(), RecursionError(), KeyError("a"), UnicodeEncodeError("utf-8", "", 0, 1, "")],
 )
 def test_any_other_error_is_a_crash(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: a parser that lets one through would be noticed."""
