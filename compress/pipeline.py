@@ -192,6 +192,7 @@ def _export(
         structure = describe(checkpoint)
         task = structure.task if isinstance(structure, Encoder) else "text-generation"
         checks.check_labels(structure, checkpoint.config, options)
+        checks.check_tokenizer(checkpoint)
         if options.validate and isinstance(structure, Encoder):
             check_length(structure.context_length, profile.validation.max_length)
         pool = pooling.resolve(structure, profile, checkpoint)

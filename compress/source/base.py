@@ -31,7 +31,6 @@ TOKENIZER_NAMES = (
     "tokenizer.model",
     "spiece.model",
 )
-_FAST_NAME = TOKENIZER_NAMES[0]
 # Some lie in a folder of the model's directory: names with a `/`.
 SIDECAR_NAMES = (
     *TOKENIZER_NAMES,
@@ -216,18 +215,13 @@ def find_sidecars(directory: Path) -> dict[str, Path]:
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
-    """Check that a tokenizer can be built from the checkpoint's side files; ``tokenizer.json`` is loaded once.
+    """Check that a tokenizer can be built from the checkpoint's side files.
 
     Raises:
         SourceError: None can; names what is missing.
-        CompressError: ``tokenizer.json`` is damaged.
     """
     present = checkpoint.sidecars()
     if any(all(name in present for name in names) for names in VOCABULARIES):
-        if _FAST_NAME in present:
-            from compress.tokens import Tokenizer
-
-            Tokenizer(path=present[_FAST_NAME], label=_FAST_NAME).close()
         return
     alternatives = ", ".join(" with ".join(names) for names in VOCABULARIES)
     raise SourceError(
