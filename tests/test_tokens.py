@@ -40,7 +40,9 @@ def test_the_same_as_the_library(name: str, tiny_model: Callable[[str], Path]) -
     own.no_truncation()
     with Tokenizer(path=path) as other:
         for text in TEXTS:
-            (found,) = other.encode([(text, "b c")], special=True, fields=("ids", "types", "special", "offsets", "words"))
+            (found,) = other.encode(
+                [(text, "b c")], special=True, fields=("ids", "types", "special", "offsets", "words")
+            )
             wanted = own.encode(text, "b c")
             assert (found.ids, found.types, found.words) == (wanted.ids, wanted.type_ids, wanted.word_ids)
             assert found.special == [bool(flag) for flag in wanted.special_tokens_mask]
@@ -57,7 +59,9 @@ def test_the_same_as_the_library(name: str, tiny_model: Callable[[str], Path]) -
 def test_the_same_as_transformers_writes(template: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=True, bos_token="<s>")
+    rendered: Any = render_jinja_template(
+        [MESSAGES], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+    )
     given = {"messages": MESSAGES, "tools": None, "documents": None, "add_generation_prompt": True, "bos_token": "<s>"}
     assert render_chat(template, given) == rendered[0][0]
 

@@ -192,7 +192,7 @@ def contained(directory: Path, name: str, *, named_by: str | None = None) -> Pat
     path = directory.joinpath(*parts)
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(
             "a file of the model is missing", where=where, hint="download or copy the model again, all of its files"
         ) from error
@@ -261,7 +261,11 @@ def parse_json(content: bytes, label: str) -> Any:
     hint = "download or copy the model again"
     try:
         value = json.loads(
-            content, object_pairs_hook=unique_keys, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+            content.decode("utf-8-sig"),  # given bytes, the library lets halves of surrogate pairs pass
+            object_pairs_hook=unique_keys,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_integer,
         )
     except RecursionError as error:
         raise SourceError("the JSON is nested too deeply", where=label) from error
