@@ -19,14 +19,16 @@ from compress.tokens import ChatTemplateError, Tokenizer, render_chat
 TEXTS = ["def f(x):\n    return  x  # \N{EURO SIGN}5", "", "a", "  two  spaces ", "\N{GRINNING FACE} and e\u0301"]
 MESSAGES = [{"role": "system", "content": "be <brief>"}, {"role": "user", "content": "why? 'x'"}]
 TEMPLATES = [
-    "{% for m in messages %}\n  {% if loop.first %}first {% endif %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}\nend",
+    "{% for m in messages %}\n  {% if loop.first %}first {% endif %}{{ m['role'] }}: {{ m.content | trim }}\n"
+    "{% endfor %}\nend",
     "{{ bos_token }}{{ messages | tojson }}{{ {'b': 1, 'a': 'é<'} | tojson(indent=2) }}",
-    "{%- set ns = namespace(n=0) -%}{%- for i in range(9) -%}{%- if i == 3 %}{% break %}{% endif -%}{%- set ns.n = ns.n + i -%}"
-    "{%- endfor -%}{{ ns.n }}",
+    "{%- set ns = namespace(n=0) -%}{%- for i in range(9) -%}{%- if i == 3 %}{% break %}{% endif -%}"
+    "{%- set ns.n = ns.n + i -%}{%- endfor -%}{{ ns.n }}",
     "{% generation %}said{% endgeneration %}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[-1].content) }}",
     "{% if tools is none and not documents %}{{ dict(a=1) }}{{ messages[1:][0].items() | list | length }}{% endif %}"
     "{% if add_generation_prompt %}go{% endif %}{{ undefined_name }}{{ messages[0].get('x', 'y') }}",
-    "{{ '%s-%d' % ('a', 2) }}{{ 'a,b'.split(',') | join('+') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{{ '%s-%d' % ('a', 2) }}{{ 'a,b'.split(',') | join('+') }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
 ]  # fmt: skip
 
 

@@ -37,7 +37,10 @@ def read(path: Path) -> Report:
     try:
         data = parse_json(read_bytes(path, MAX_BYTES), path.name)
     except SourceError as error:
-        raise CompressError(f"the report is damaged: {error.what}", where=str(path)) from error
+        absent = isinstance(error.__cause__, OSError)
+        raise CompressError(
+            f"the report {'cannot be read' if absent else 'is damaged'}: {error.what}", where=str(path)
+        ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is int and version > SCHEMA_VERSION:
         raise CompressError(
