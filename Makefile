@@ -10,7 +10,7 @@ DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
 PAGES := cli profile report
 DEMO_PROMPT ?= Why is the sky blue?
 
-.PHONY: demo test test-providers test-runtimes lint docs site clean
+.PHONY: demo test fuzz test-providers test-runtimes lint docs site clean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -48,6 +48,11 @@ demo: $(VENV)/.demo $(VENV)/.models
 
 test: $(VENV)/.test $(VENV)/.models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Hostile cases for every parser; a longer run is tools/fuzz.py's --seconds, or --cases.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.test
+	$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 # Runtimes that exclude the ordinary onnxruntime go into the cache (COMPRESS_CACHE), some hundred megabytes each. Only a
 # machine without an NVIDIA GPU is none to fail on: its test is skipped with the reason.

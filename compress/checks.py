@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from compress.assign import open_tensors
-from compress.contracts import Encoder, Structure
+from compress.contracts import Checkpoint, Encoder, Structure
 from compress.errors import ProviderError, UsageError
 from compress.planning import Plan
 from compress.profile import Profile
+from compress.source.base import TOKENIZER_NAMES
+from compress.tokens import Tokenizer
 from compress.validation.labels import read_examples
 
 if TYPE_CHECKING:
@@ -31,6 +33,17 @@ def check_provider(profile: Profile) -> None:
         raise ProviderError(
             error.what, where=error.where, hint=f"{error.hint}, {remedy}" if error.hint else remedy
         ) from None
+
+
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a ``tokenizer.json`` that the library refuses: it would be copied, and told by whoever uses the artifact.
+
+    Raises:
+        CompressError: It is damaged, or takes more time or memory than any.
+    """
+    path = checkpoint.sidecars().get(TOKENIZER_NAMES[0])
+    if path is not None:
+        Tokenizer(path=path, label=TOKENIZER_NAMES[0]).close()
 
 
 def check_labels(structure: Structure, config: Mapping[str, Any], options: ExportOptions) -> None:

@@ -47,9 +47,12 @@ from compress.errors import (
     EXIT_OK,
     EXIT_PROVIDER,
     EXIT_USAGE,
+    LAYOUT,
+    MAX_HINT,
     CompressError,
     UsageError,
     did_you_mean,
+    printable,
 )
 from compress.sizes import parse_size
 
@@ -474,7 +477,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message, MAX_HINT, keep=LAYOUT)}", err=True)
     return code
 
 

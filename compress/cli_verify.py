@@ -66,7 +66,6 @@ def sign(
     from compress.errors import CompressError
     from compress.package import signing
     from compress.package.manifest import SIGNATURE_NAME
-    from compress.package.verify import printable
     from compress.package.verify import verify as check
 
     if bool(certificate_chain) != (signing_certificate is not None):
@@ -78,8 +77,8 @@ def sign(
     if not found.ok:
         first = found.problems[0]
         raise CompressError(
-            printable(f"the artifact is not whole: {first.message}"),
-            where=printable(first.file),
+            f"the artifact is not whole: {first.message}",
+            where=first.file,
             hint="compress verify ARTIFACT tells all of it",
         )
     signing.sign(artifact, private_key, signing_certificate=signing_certificate, certificate_chain=certificate_chain)

@@ -17,6 +17,30 @@ EXIT_PROVIDER = 4
 EXIT_INTERRUPTED = 130
 
 
+#: Characters of a message that are shown: names and values in it come from files, and may be of any length.
+MAX_LINE = 600
+MAX_HINT = 8192
+LAYOUT = "\n\t"
+
+
+def printable(text: str, limit: int = MAX_LINE, *, keep: str = "") -> str:
+    """Return text that cannot command a terminal: what cannot be printed is shown as an escape, its middle is left out.
+
+    Args:
+        text: Any text; it may hold what a hostile file says.
+        limit: Characters that are shown at most.
+        keep: Characters that stay as they are.
+    """
+    if len(text) > limit:
+        tail = (limit - 5) // 2
+        text = f"{text[: limit - 5 - tail]} ... {text[-tail:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign in keep else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
+
+
 class CompressError(Exception):
     """An expected failure.
 
@@ -35,12 +59,12 @@ class CompressError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """Return the message as one to three lines."""
-        lines = [self.what]
+        """Return the message as one to three lines (a hint may show a log), without what could command a terminal."""
+        lines = [printable(self.what)]
         if self.where:
-            lines.append(f"  in: {self.where}")
+            lines.append(f"  in: {printable(self.where)}")
         if self.hint:
-            lines.append(f"  try: {self.hint}")
+            lines.append(f"  try: {printable(self.hint, MAX_HINT, keep=LAYOUT)}")
         return "\n".join(lines)
 
 

@@ -98,13 +98,11 @@ class Writer:
         Raises:
             CompressError: The chat template refuses it (some know no system message).
         """
-        from jinja2 import TemplateError
-
         try:
             return prompts.encode_chat(self._tokenizer, messages)
-        except TemplateError as error:
+        except prompts.ChatTemplateError as error:
             raise CompressError(
-                f"the model's chat template refuses this conversation: {error}",
+                f"the model's chat template refuses this conversation: {error.what}",
                 hint="leave --system out, or use --raw",
             ) from error
 

@@ -16,6 +16,8 @@ from compress.contracts import Linear, Table
 from compress.errors import CompressError
 from compress.graph import contents
 from compress.package import manifest
+from compress.package.manifest_schema import parse_manifest
+from compress.package.tree import scan
 from compress.report import json as report_json
 from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
@@ -52,7 +54,12 @@ def _manifest(artifact: Path) -> dict[str, Any] | None:
     path = artifact / manifest.NAME
     if not path.is_file():
         return None
-    return manifest.read_manifest(artifact)
+    record = manifest.read_manifest(artifact)
+    try:
+        parse_manifest(record)
+    except CompressError as error:
+        raise CompressError(f"manifest.json is damaged: {error.what}", where=str(path)) from None
+    return record
 
 
 def source_files(artifact: Path) -> dict[str, str]:
@@ -86,11 +93,7 @@ def _files(artifact: Path, record: Mapping[str, Any] | None) -> list[dict[str, A
 
     Sizes are compared, not digests: ``compress verify`` reads every byte, this does not.
     """
-    present = {
-        path.relative_to(artifact).as_posix(): path.stat().st_size
-        for path in sorted(artifact.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-    }
+    present = dict(sorted(scan(artifact).files.items()))
     if record is None:
         return [{"name": name, "size": size, "sha256": None, "state": None} for name, size in present.items()]
     found = []
@@ -121,12 +124,27 @@ def _from_graph(artifact: Path, path: Path | None) -> dict[str, Any]:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise a dozen classes for a damaged file
         raise CompressError(f"model.onnx cannot be read: {error}", where=str(artifact)) from error
+    try:
+        found = _graph(model, path.relative_to(artifact).as_posix(), artifact)
+        json.dumps(found)  # protobuf makes bytes of a name that is not UTF-8
+        return found
+    except CompressError:
+        raise
+    except Exception as error:  # a graph may be anything: shapes that are none, types that do not exist
+        raise CompressError(
+            f"the graph is damaged: {type(error).__name__}: {error}",
+            where=str(path),
+            hint="compress verify ARTIFACT tells all that is wrong",
+        ) from error
+
+
+def _graph(model: ir.Model, name: str, artifact: Path) -> dict[str, Any]:
     operators: dict[str, int] = {}
     for node in model.graph:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     external = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
     return {
-        "graph": path.relative_to(artifact).as_posix(),
+        "graph": name,
         "opset": model.opset_imports.get("", 0),
         "inputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.inputs],
         "outputs": [{"name": value.name, "shape": _shape(value)} for value in model.graph.outputs],
@@ -200,7 +218,7 @@ def _report(path: Path) -> dict[str, Any] | None:
         return None
     found = report_json.read(path)
     return {
-        "schema_version": json.loads(path.read_bytes())["schema_version"],  # as it is on disk; of a size just checked
+        "schema_version": read_json_object(path, report_json.MAX_BYTES)["schema_version"],  # as it is on disk
         "verdict": found.verdict.model_dump(mode="json"),
         "created": found.created,
         "source": found.source.identifier if found.source else None,

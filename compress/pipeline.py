@@ -34,6 +34,7 @@ from compress.quantize import load_quantizer
 from compress.report import tensors
 from compress.report.environment import created
 from compress.source import OpenCheckpoint, open_checkpoint, require_tokenizer
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 from compress.source.sentence_transformers import Pooling
 from compress.stored_errors import StoredErrors
 from compress.tasks import load_task
@@ -210,6 +211,7 @@ def _export(
         structure = describe(checkpoint)
         task = structure.task if isinstance(structure, Encoder) else "text-generation"
         checks.check_labels(structure, checkpoint.config, options)
+        checks.check_tokenizer(checkpoint)
         if options.validate and isinstance(structure, Encoder):
             check_length(structure.context_length, profile.validation.max_length)
         pool = pooling.resolve(structure, profile, checkpoint)
@@ -501,7 +503,7 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> None:
     for name, path in checkpoint.sidecars().items():
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
-    config = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(checkpoint.directory / "config.json", MAX_CONFIG_BYTES)
     if config.get("architectures") == checkpoint.config.get("architectures"):
         shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
     else:

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress.contracts import Activations, FloatType, Role, ScaleFormat, Scheme
-from compress.errors import UsageError, did_you_mean
+from compress.errors import CompressError, UsageError, did_you_mean
 from compress.sizes import parse_size
 
 _MAX_PROFILE_BYTES = 256 * 1024
+_MAX_DOTS = 200
 
 
 class _Strict(BaseModel):
@@ -383,11 +384,18 @@ def load_profile(name: str, overrides: Iterable[str] = ()) -> Profile:
         raise UsageError(f"no profile is named {name!r}", hint=did_you_mean(name, available_profiles()))
     if path.stat().st_size > _MAX_PROFILE_BYTES:
         raise UsageError("the profile is larger than any profile can be", where=str(path))
+    return _overridden(_toml(path.read_bytes(), str(path)), overrides, where=path.name)
+
+
+def _toml(content: bytes, where: str) -> dict[str, Any]:
+    """Return what a profile's file says; a number of too many digits is a plain ``ValueError``."""
+    if any(line.count(b".") > _MAX_DOTS for line in content.splitlines()):
+        # The parser's time grows with the square of a dotted key's length.
+        raise UsageError(f"not valid TOML here: a line has more than {_MAX_DOTS} dots", where=where)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"not valid TOML: {error}", where=str(path)) from None
-    return _overridden(data, overrides, where=path.name)
+        return tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not valid TOML: {error}", where=where) from None
 
 
 def override(profile: Profile, overrides: Iterable[str]) -> Profile:
@@ -407,6 +415,35 @@ def _overridden(data: dict[str, Any], overrides: Iterable[str], *, where: str) -
     if asked and recipe.quantize.effort != "fast":
         data.setdefault("quantize", {})["allocation"] = "budget"
         recipe = parse_profile(data, where=where)
+    return recipe
+
+
+def names_a_file(key: str, value: object) -> bool:
+    """Return whether an option of ONNX Runtime makes it open a file: read it, write it, or load it as a library."""
+    words = ("file", "path", "folder", "directory", "dir", "library", "ep.context", "profil")
+    text = str(value)
+    return any(word in key.lower() for word in words) or any(sign in text for sign in "/\\") or ".so" in text
+
+
+def parse_stored_profile(data: object, *, where: str) -> Profile:
+    """Validate the profile that an artifact keeps, which somebody else may have written.
+
+    Raises:
+        CompressError: It is none, or an option of it names a file: a provider would load it as a library.
+    """
+    if not isinstance(data, Mapping):
+        raise CompressError("the profile is no object", where=where)
+    try:
+        recipe = parse_profile(data, where=where)
+    except UsageError as error:
+        raise CompressError(f"the artifact's profile is damaged: {error.what}", where=where) from None
+    for key, value in recipe.provider_options.items():
+        if names_a_file(key, value):
+            raise CompressError(
+                f"the provider option {key!r} names a file, which an artifact may not",
+                where=where,
+                hint="export it again with a profile of yours that has this option",
+            )
     return recipe
 
 
@@ -430,7 +467,7 @@ def _apply(data: dict[str, Any], override: str) -> set[str]:
         raise UsageError(f"--set {override!r} is not KEY=VALUE", hint="--set quantize.block_size=64")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text
     target: Any = data
     for part in path[:-1]:

@@ -17,7 +17,7 @@ from compress.errors import EXIT_OK, EXIT_OUTSIDE_BUDGET, EXIT_PROVIDER, Compres
 from compress.package import manifest
 from compress.package.writer import require_space
 from compress.planning import Plan, make_plan
-from compress.profile import Profile, load_profile, parse_profile
+from compress.profile import Profile, load_profile, parse_stored_profile
 from compress.profile import Validation as MeasurePlan
 from compress.progress import Stages
 from compress.report import calibrated, pages
@@ -218,7 +218,8 @@ def validate_artifact(
         CompressError: The reference is not the model that the artifact was made from.
     """
     record = manifest.read_manifest(artifact)
-    profile = parse_profile(record["profile"], where=str(artifact / manifest.NAME))
+    open_artifact(artifact)  # what cannot be run is refused before the source is
+    profile = parse_stored_profile(record["profile"], where=str(artifact / manifest.NAME))
     tensors = tensor_records.of_manifest(record, str(artifact / manifest.NAME))
     model = _source_of(record, reference, adapter)
     options = pipeline.ExportOptions(
@@ -287,7 +288,7 @@ def bench_artifact(
             f"{opened.context_length}",
             hint="lower --prompt-tokens or --new-tokens",
         )
-    recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
+    recipe = parse_stored_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
     names = tuple(providers) or (recipe.provider,)
     on_provider.require(names)
     opened = replace(opened, provider_options={recipe.provider: recipe.provider_options})
@@ -305,7 +306,7 @@ def _bench_encoder(
 ) -> dict[str, Any]:
     from compress.validation.encoder_speed import EncoderSpeedPlan, measure_encoder_speed
 
-    recipe = parse_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
+    recipe = parse_stored_profile(manifest.read_manifest(artifact)["profile"], where=str(artifact / manifest.NAME))
     names = tuple(wanted) or (recipe.provider,)
     on_provider.require(names)
     opened = replace(opened, provider_options={recipe.provider: recipe.provider_options})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 from compress.package import manifest
 from compress.package.tree import sha256
-from compress.package.verify import printable, verify
+from compress.package.verify import verify
 from compress.source.hub import HUB_ID
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def verified(directory: Path) -> dict[str, Any]:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CompressError(
-            printable(f"the artifact is not what its manifest says: {problems[0].file}: {problems[0].message}{more}"),
+            f"the artifact is not what its manifest says: {problems[0].file}: {problems[0].message}{more}",
             where=str(directory),
             hint="compress verify says all; export again, or compress validate where the change is meant",
         )

@@ -26,13 +26,14 @@ from typing import Any, NoReturn
 
 import pytest
 
-#: Worker modules that import PyTorch.
+#: Worker modules that import PyTorch, and one that many tests of tampering start.
 MODULES = frozenset(
     f"compress.{name}"
     for name in (
         "calibrate.decoder_worker",
         "calibrate.encoder_worker",
         "calibrate.self_text_worker",
+        "package.onnx_check",
         "prune.distill_worker",
         "prune.worker",
         "validation.encoder_reference",

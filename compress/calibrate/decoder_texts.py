@@ -20,6 +20,7 @@ from compress.calibrate.self_text_worker import BATCH, PIECE
 from compress.contracts import Checkpoint, Decoder
 from compress.errors import ResourceError, UsageError
 from compress.profile import Profile
+from compress.tokens import Tokenizer
 from compress.validation import text
 from compress.validation.memory import check_memory
 from compress.validation.protocol import run_worker
@@ -217,12 +218,9 @@ def _vocabulary(directory: Path, vocab_size: int) -> tuple[list[int], list[int],
     path = directory / "tokenizer.json"
     if not path.is_file():
         return opening, [], vocab_size
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    known = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return opening, sorted(special), min(known, vocab_size)
+    with Tokenizer(path=path) as tokenizer:
+        special, known = tokenizer.special_ids(), max(tokenizer.vocabulary().values(), default=-1) + 1
+    return opening, special, min(known, vocab_size)
 
 
 def _counts(windows: text.Windows, asked: int) -> dict[str, int]:

@@ -13,7 +13,16 @@ from typing import Any
 
 from compress.contracts import Encoder, Junction, Linear, Role, SizeKeys, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
-from compress.families._reading import check_shapes, dimension, expect, kept_heads, layer_count
+from compress.families._reading import (
+    check_shapes,
+    dimension,
+    expect,
+    flag,
+    kept_heads,
+    layer_count,
+    number,
+    position_count,
+)
 from compress.tasks import TASKS, Task, architecture_of, task_of
 
 #: Activations that the graph rules know; transformers writes the tanh form three ways.
@@ -194,6 +203,7 @@ class BidirectionalFamily:
         expect(config, self._key("hidden_act"), ACTIVATIONS, "gelu")
         for key, (allowed, default) in self._refuse.items():
             expect(config, key, allowed, default)
+        number(config, "layer_norm_eps", 1e-12, most=1.0)
         shape = self._shape(config)
         build = _Builder(self._prefix, task, tensors)
         self._embeddings(build, shape)
@@ -211,7 +221,7 @@ class BidirectionalFamily:
                 head_dim=shape.hidden // shape.heads,
                 vocab_size=shape.vocab,
                 context_length=shape.positions,
-                tied=task.name == "fill-mask" and bool(config.get("tie_word_embeddings", True)),
+                tied=task.name == "fill-mask" and flag(config, "tie_word_embeddings", True),
                 tables=tuple(build.tables),
                 linears=tuple(build.linears),
                 vectors=tuple(build.vectors),
@@ -239,7 +249,7 @@ class BidirectionalFamily:
             heads=heads,
             layers=layer_count(config, self._key("num_hidden_layers")),
             vocab=dimension(config, "vocab_size"),
-            positions=dimension(config, "max_position_embeddings", 512),
+            positions=position_count(config, "max_position_embeddings", embedding, 512),
             types=dimension(config, "type_vocab_size", 2) if self._types else 0,
             kept_heads=kept_heads(config, heads),
         )

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.contracts import Decoder, Fold, Linear, Runner, SizeKeys, Slice, Table, TensorInfo, Vector
-from compress.families._reading import check_shapes, dimension, expect, heads, layer_count, rope_kind, rope_settings
+from compress.families._reading import (
+    check_rope,
+    check_shapes,
+    dimension,
+    expect,
+    flag,
+    heads,
+    layer_count,
+    number,
+    position_count,
+    rope_kind,
+    rope_settings,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +60,10 @@ class GatedDecoder:
         hidden, vocab = dimension(config, "hidden_size"), dimension(config, "vocab_size")
         query, key_value, head = heads(config)
         ffn = dimension(config, "intermediate_size")
-        tied = bool(config.get("tie_word_embeddings", False))
+        tied = flag(config, "tie_word_embeddings", False)
+        check_rope(config, head)
+        number(config, "rms_norm_eps", 1e-6, most=1.0)
+        dimension(config, "sliding_window", 1)
         layers = layer_count(config, "num_hidden_layers")
         token = "model.embed_tokens.weight"
         linears = [linear for index in range(layers) for linear in self._block(config, index)]
@@ -68,7 +83,7 @@ class GatedDecoder:
             for index in range(layers)
             for norm in ("input_layernorm", "post_attention_layernorm")
         ]
-        positions = dimension(config, "max_position_embeddings")
+        positions = position_count(config, "max_position_embeddings", max(1, head // 2))
         switch = _rope_switch(config, positions)
         decoder = Decoder(
             model_type=self.model_type,
@@ -142,7 +157,7 @@ class GatedDecoder:
             qkv = tuple(Slice(f"{part}.weight", 0, size) for part, size in zip(parts, sizes, strict=True))
             gate_up_names = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
             gate_up = tuple(Slice(name, 0, ffn) for name in gate_up_names)
-        biased = bool(config.get("attention_bias", False))
+        biased = flag(config, "attention_bias", False)
         qkv_biases = tuple(f"{part}.bias" for part in parts) if biased else ()
         output_bias = (f"{attention}.o_proj.bias",) if biased else ()
 

@@ -10,6 +10,9 @@ from compress.errors import SourceError, UnsupportedModelError
 
 _MAX_DIMENSION = 1 << 24
 _MAX_LAYERS = 1024
+_MAX_NUMBER = 1e12
+#: Four million positions of a head of 128: 1 GiB in float32.
+_MAX_POSITION_VALUES = 1 << 28
 _Structure = TypeVar("_Structure", bound=Structure)
 
 
@@ -24,10 +27,53 @@ def dimension(config: Mapping[str, Any], key: str, default: int | None = None, *
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
         raise SourceError(
-            f"config.json: {key} is {value!r}, a positive integer up to {most} was expected",
+            f"config.json: {key} is {value!r:.80}, a positive integer up to {most} was expected",
             hint="restore the model's config.json",
         )
     return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float, *, most: float = _MAX_NUMBER) -> float:
+    """Return a positive number of the config, ``most`` at the most.
+
+    Raises:
+        SourceError: It is not a number, or out of any plausible range.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    # Written so that NaN is refused too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise SourceError(
+            f"config.json: {key} is {value!r:.80}, a positive number up to {most:g} was expected",
+            hint="restore the model's config.json",
+        )
+    return float(value)
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Return a truth value of the config; ``"false"``, a text, is none.
+
+    Raises:
+        SourceError: It is something else.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise SourceError(
+            f"config.json: {key} is {value!r:.80}, true or false was expected", hint="restore the model's config.json"
+        )
+    return value
+
+
+def position_count(config: Mapping[str, Any], key: str, width: int, default: int | None = None) -> int:
+    """Return how many positions the model has, each a row of ``width`` values in a table that the graph holds."""
+    positions = dimension(config, key, default)
+    if positions * width > _MAX_POSITION_VALUES:
+        raise SourceError(
+            f"config.json: {key} is {positions}: a table of as many positions would have {positions * width:,} values",
+            hint="restore the model's config.json",
+        )
+    return positions
 
 
 def layer_count(config: Mapping[str, Any], key: str) -> int:
@@ -46,7 +92,7 @@ def expect(config: Mapping[str, Any], key: str, allowed: Iterable[Any], default:
     options = tuple(allowed)
     if value not in options:
         raise UnsupportedModelError(
-            f"config.json: {key} = {value!r} is not supported",
+            f"config.json: {key} = {value!r:.80} is not supported",
             hint=f"supported: {', '.join(map(repr, options))}",
         )
 
@@ -61,6 +107,27 @@ def rope_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(settings, Mapping):
         raise SourceError("config.json: rope_scaling is not an object", hint="restore the model's config.json")
     return settings
+
+
+def check_rope(config: Mapping[str, Any], head: int) -> None:
+    """Check every number of the rotary embedding's settings; ``head`` is a head's width.
+
+    Raises:
+        SourceError: One is none, or lists of factors are not one for every rotated pair.
+    """
+    number(config, "rope_theta", 1.0)
+    settings = rope_settings(config)
+    for key, value in settings.items():
+        if isinstance(value, list):
+            if len(value) != head // 2:
+                raise SourceError(
+                    f"config.json: {key} has {len(value)} factors, {head // 2} were expected",
+                    hint="restore the model's config.json",
+                )
+            for factor in value:
+                number({key: factor}, key, 0.0)
+        elif value is not None and not isinstance(value, str | bool):
+            number(settings, key, 0.0)
 
 
 def rope_kind(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from compress.contracts import Decoder, Fold, Linear, Role, SizeKeys, Slice, Table, TensorInfo, Vector
 from compress.errors import SourceError
-from compress.families._reading import check_shapes, dimension, expect, kept_heads, layer_count
+from compress.families._reading import (
+    check_shapes,
+    dimension,
+    expect,
+    kept_heads,
+    layer_count,
+    number,
+    position_count,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +43,8 @@ class Gpt2:
         if hidden % heads:
             raise SourceError(f"config.json: n_embd {hidden} is not a multiple of n_head {heads}")
         kept = kept_heads(config, heads)
-        positions = dimension(config, "n_positions", 1024)
+        positions = position_count(config, "n_positions", hidden, 1024)
+        number(config, "layer_norm_epsilon", 1e-5, most=1.0)
         prefix = "" if "wte.weight" in tensors else "transformer."
         linears = [linear for index in range(layers) for linear in _block(config, prefix, index)]
         linears.append(

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.contracts import KEPT_HEADS, PrunableFamily, Structure
 from compress.families import load_family
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
 
 def narrow(model: Any, structure: Structure) -> None:
@@ -52,7 +53,7 @@ def resized_config(directory: Path, output: Path) -> Path:
 
     ``directory`` itself where no heads are left as zeros; else it is written into ``output``.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     if not removed(config):
         return directory
     family = load_family(config)

@@ -64,10 +64,10 @@ def place(tensor: onnx.TensorProto) -> tuple[str, Extent]:
     fields = {entry.key: entry.value for entry in tensor.external_data}
     try:
         start, length = int(fields.get("offset", "0")), int(fields["length"])
-        if start < 0 or length < 0:
-            raise ValueError("negative")
+        if start < 0 or length < 0 or not isinstance(fields["location"], str):
+            raise ValueError("negative, or not text")
         return fields["location"], Extent(start, start + length)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         raise CompressError(f"the external data of {tensor.name!r} has no place", where="model.onnx") from None
 
 

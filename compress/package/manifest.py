@@ -10,10 +10,11 @@ from typing import Any
 
 from compress import __version__
 from compress.contracts import Checkpoint, SourceFile
-from compress.errors import CompressError
+from compress.errors import CompressError, SourceError
 from compress.package.staging import write_file
 from compress.package.tree import sha256
 from compress.profile import Profile
+from compress.source.files import read_json_object
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
@@ -117,15 +118,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CompressError(
             "not an artifact: it has no manifest.json", where=str(directory), hint="compress export makes one"
         )
-    with path.open("rb") as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise CompressError(f"manifest.json is damaged: more than {MAX_BYTES >> 20} MiB", where=str(path))
     try:
-        manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CompressError(f"manifest.json is damaged: {error}", where=str(path)) from None
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        manifest = read_json_object(path, MAX_BYTES)
+    except SourceError as error:
+        raise CompressError(f"manifest.json is damaged: {error.what}", where=str(path)) from None
+    if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CompressError(
             "manifest.json has another schema version than this compress understands",
             where=str(path),

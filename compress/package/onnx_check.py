@@ -2,16 +2,23 @@
 
 The graph itself is read, its external data is not: only where the bytes of each tensor shall be is compared with how
 large the files are. ONNX Runtime, too, refuses a place outside the directory, but only once the model is loaded.
+
+ONNX's parser and checker are C++ that a hostile graph may crash. :func:`check_graphs` runs them in a process of its own
+(this module, as a worker), under limits of time and memory that follow from the graphs' sizes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from compress.package.tree import Tree, name_fault
+from compress.errors import CompressError, WorkerError
+from compress.limits import limit
+from compress.package.tree import Tree, name_fault, scan
+from compress.validation.protocol import Json, run_worker, serve
 
 if TYPE_CHECKING:
     import onnx
@@ -21,12 +28,75 @@ GRAPH_SUFFIX = ".onnx"
 NOT_DATA = (".onnx", ".ort", ".json", ".jinja", ".sig")
 #: More of the same kind in one graph says nothing new.
 MAX_FAULTS = 20
+#: What the checker may take: of processor time and of memory, for any graph and for a graph's bytes.
+BASE_SECONDS, BYTES_A_SECOND = 8.0, 4e6
+BASE_MEMORY, MEMORY_A_BYTE = 512 << 20, 8
 # Bits an element, where they are not what the type's name ends with.
 _BITS = {
     "FLOAT": 32, "DOUBLE": 64, "BOOL": 8, "COMPLEX64": 64, "COMPLEX128": 128, "BFLOAT16": 16, "FLOAT4E2M1": 4,
     "FLOAT6E2M3": 6, "FLOAT6E3M2": 6, "FLOAT8E4M3FN": 8, "FLOAT8E4M3FNUZ": 8, "FLOAT8E5M2": 8, "FLOAT8E5M2FNUZ": 8,
     "FLOAT8E8M0": 8,
 }  # fmt: skip
+
+
+def check_graphs(directory: Path, names: Sequence[str], tree: Tree) -> list[tuple[str, str, str]]:
+    """Check graphs of an artifact, apart from this process.
+
+    Args:
+        directory: The artifact.
+        names: The graphs' names in it; regular files.
+        tree: What is in the artifact.
+
+    Returns:
+        A graph's name, kind and sentence for each fault, as :func:`check_graph` finds them; a graph that crashes the
+        checker, or that it does not finish, is one.
+    """
+    if not names:
+        return []
+    size = sum(tree.files[name] for name in names)
+    seconds = BASE_SECONDS + size / BYTES_A_SECOND
+    request = {
+        "directory": str(directory.resolve()),
+        "names": list(names),
+        "tree": vars(tree),
+        "seconds": seconds,
+        "memory": BASE_MEMORY + MEMORY_A_BYTE * size,
+    }
+    try:
+        answer = run_worker("package.onnx_check", request, timeout=60 + 12 * seconds)
+    except WorkerError as error:
+        if len(names) == 1:
+            return [(names[0], "onnx", f"the ONNX checker did not survive the graph: {error.what}")]
+        return [fault for name in names for fault in check_graphs(directory, [name], tree)]
+    return [(name, kind, message) for name, kind, message in answer["results"]]
+
+
+def handle(request: Json, job: Path) -> Json:
+    """Check the graphs of a request."""
+    import onnx  # noqa: F401 - now, so that the limits do not include it
+
+    limit(request["seconds"], request["memory"])
+    directory, tree = Path(request["directory"]), Tree(**request["tree"])
+    return {"results": [(name, *fault) for name in request["names"] for fault in check_graph(directory, name, tree)]}
+
+
+def check_places(graph: Path) -> None:
+    """Refuse a graph that refers to a place outside its own directory, or beyond the end of a file.
+
+    For what is going to load the graph; it is read, and nothing else is checked.
+
+    Raises:
+        CompressError: With the first place that is wrong, or what keeps the graph from being read.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except Exception as error:  # noqa: BLE001 - protobuf's class for this has moved before
+        raise CompressError(f"the graph cannot be read: {_first_line(error)}", where=str(graph)) from error
+    wrong = _outside(model, PurePosixPath(), scan(graph.parent))
+    if wrong:
+        raise CompressError(wrong[0], where=str(graph), hint="compress verify ARTIFACT tells all that is wrong")
 
 
 def check_graph(directory: Path, name: str, tree: Tree) -> list[tuple[str, str]]:
@@ -46,7 +116,7 @@ def check_graph(directory: Path, name: str, tree: Tree) -> list[tuple[str, str]]
     path = directory / name
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
+    except (DecodeError, OSError, ValueError, MemoryError) as error:
         return [("onnx", f"the graph cannot be read: {_first_line(error)}")]
     outside = _outside(model, PurePosixPath(name).parent, tree)
     if outside:
@@ -56,7 +126,7 @@ def check_graph(directory: Path, name: str, tree: Tree) -> list[tuple[str, str]]
     try:
         # By path: a checked model may have more than the 2 GB that a message in memory can.
         onnx.checker.check_model(str(path), full_check=False)
-    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+    except (onnx.checker.ValidationError, RuntimeError, ValueError, MemoryError) as error:
         return [("onnx", f"the ONNX checker refuses the graph: {_first_line(error)}")]
     return []
 
@@ -116,7 +186,9 @@ def _context_fault(node: onnx.NodeProto, folder: PurePosixPath, tree: Tree) -> s
     return _place_fault(values["ep_cache_context"].s.decode("utf-8", "backslashreplace"), folder, tree)
 
 
-def _place_fault(location: str, folder: PurePosixPath, tree: Tree) -> str | None:
+def _place_fault(location: str | bytes, folder: PurePosixPath, tree: Tree) -> str | None:
+    if isinstance(location, bytes):  # what protobuf makes of a string that is not UTF-8
+        return "its place is not text"
     fault = name_fault(location)
     if fault is not None:
         return f"its place {location!r} is refused: {fault}"
@@ -184,3 +256,7 @@ def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(serve(handle))

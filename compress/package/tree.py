@@ -15,6 +15,8 @@ from compress.errors import CompressError
 
 MAX_ENTRIES = 10_000
 MAX_NAME = 1024
+#: What file systems take.
+MAX_PART = 255
 _CHUNK = 1 << 20
 
 
@@ -73,6 +75,8 @@ def name_fault(name: str) -> str | None:
     """
     if not name or len(name) > MAX_NAME:
         return "it is empty" if not name else f"it is longer than {MAX_NAME} characters"
+    if any(len(part.encode("utf-8", "replace")) > MAX_PART for part in name.split("/")):
+        return f"a part of it is longer than {MAX_PART} bytes"
     if any(not letter.isprintable() for letter in name):
         return "it has a character that cannot be printed"
     if "\\" in name or PureWindowsPath(name).drive:

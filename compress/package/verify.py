@@ -6,18 +6,16 @@ following a link, read in chunks or up to a bound, and none of the weights is lo
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, printable
 from compress.package import sbom, signing
 from compress.package.manifest import NAME, SCHEMA_VERSION, SIGNATURE_NAME, measured
 from compress.package.manifest_schema import Manifest, parse_manifest
-from compress.package.onnx_check import GRAPH_SUFFIX, check_graph
+from compress.package.onnx_check import GRAPH_SUFFIX, check_graphs
 from compress.package.tree import Tree, name_fault, scan, sha256
 from compress.report import json as report_json
 from compress.report.model import SCHEMA_VERSION as REPORT_VERSION
@@ -27,6 +25,8 @@ from compress.source.files import MAX_INDEX_BYTES, read_json_object
 GENAI_NAME = "genai_config.json"
 #: What a verdict makes of an artifact's status.
 STATUS = {"pass": "accepted", "fail": "rejected"}
+#: Characters of a line that are shown.
+MAX_SHOWN = 400
 _UPGRADE = "upgrade compress"
 
 
@@ -146,7 +146,6 @@ def _manifest(artifact: Path, tree: Tree, result: Verification) -> Manifest | No
     path = artifact / NAME
     try:
         document = read_json_object(path, MAX_INDEX_BYTES)
-        json.loads(path.read_bytes(), object_pairs_hook=_unique)
         version = document.get("schema_version")
         if type(version) is int and version > SCHEMA_VERSION:
             result.add(
@@ -156,18 +155,7 @@ def _manifest(artifact: Path, tree: Tree, result: Verification) -> Manifest | No
         return parse_manifest(document)
     except CompressError as error:
         result.add("manifest", NAME, error.what)
-    except ValueError as error:
-        result.add("manifest", NAME, str(error))
     return None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that is there twice: which of the two counts depends on who reads it."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return found
 
 
 def _check_files(artifact: Path, manifest: Manifest, tree: Tree, result: Verification) -> None:
@@ -267,10 +255,9 @@ def _check_bill(artifact: Path, manifest: Manifest, tree: Tree, result: Verifica
 
 
 def _check_graphs(artifact: Path, tree: Tree, result: Verification) -> None:
-    for name in sorted(tree.files):
-        if name.endswith(GRAPH_SUFFIX):
-            for kind, message in check_graph(artifact, name, tree):
-                result.add(kind, name, message)
+    graphs = sorted(name for name in tree.files if name.endswith(GRAPH_SUFFIX))
+    for name, kind, message in check_graphs(artifact, graphs, tree):
+        result.add(kind, name, message)
     if GENAI_NAME not in tree.files:
         return
     try:
@@ -320,18 +307,10 @@ def _check_signature(artifact: Path, trust: signing.Trust | None, tree: Tree, re
 def text(result: Verification) -> Iterator[str]:
     """Yield a line a problem, and one about all of it."""
     for problem in result.problems:
-        yield printable(f"{problem.kind:<14} {problem.file}: {problem.message}")
+        yield printable(f"{problem.kind:<14} {problem.file}: {problem.message}", MAX_SHOWN)
     signed = {"valid": f"signed by {result.signer}", "not checked": "signed, which was not checked"}
     size = f"{result.files} files, {result.bytes:,} bytes, status {result.manifest_status or 'unknown'}"
     about = f"{size}, {signed.get(result.signature, 'no valid signature' if result.problems else 'not signed')}"
     count = len(result.problems)
     outcome = "ok" if result.ok else f"failed: {count} problem{'s' if count > 1 else ''}"
-    yield printable(f"{outcome} ({about})")
-
-
-def printable(line: str, limit: int = 400) -> str:
-    """Return text that cannot command a terminal: what a hostile name holds is shown as escapes, and cut."""
-    shown = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
-    )
-    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+    yield printable(f"{outcome} ({about})", MAX_SHOWN)

@@ -15,9 +15,14 @@ from pathlib import Path
 from compress import temporary
 from compress.children import follow_parent, run_module
 from compress.errors import SourceError
+from compress.limits import limit
 from compress.prune._tokenizer_json import TOKENIZER_NAME
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
 TIMEOUT_SECONDS = 300
+#: What it may compute and allocate once the libraries are loaded.
+CONVERT_SECONDS = 120.0
+CONVERT_MEMORY = 4 << 30
 
 
 @contextmanager
@@ -49,10 +54,11 @@ def with_tokenizer_json(directory: Path) -> Iterator[Path]:
 def _convert(directory: Path, output: Path) -> None:
     from transformers import AutoTokenizer
 
+    limit(CONVERT_SECONDS, CONVERT_MEMORY)
     tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     tokenizer.save_pretrained(str(output))
     path = output / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path, MAX_CONFIG_BYTES)
     if config.get("tokenizer_class") == "TokenizersBackend":  # a name that versions before 5 do not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for local in ("is_local", "local_files_only", "name_or_path"):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from compress.errors import SourceError, UnsupportedModelError
+from compress.errors import CompressError, SourceError, UnsupportedModelError
 from compress.source.files import contained, read_json_object
+from compress.tokens import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -61,28 +62,21 @@ class TokenizerFile:
             ids.add(unknown)
         return ids
 
-    def backend(self) -> Any:
-        """Return the ``tokenizers.Tokenizer`` of it, without truncation and padding."""
+    def backend(self) -> Tokenizer:
+        """Return what encodes with it."""
         return load_backend(self.document, self.label)
 
 
-def load_backend(document: Mapping[str, Any], label: str) -> Any:
-    """Return a ``tokenizers.Tokenizer`` made from a document, without truncation and padding.
+def load_backend(document: Mapping[str, Any], label: str) -> Tokenizer:
+    """Return what encodes with a document.
 
     Raises:
         SourceError: The library refuses it.
     """
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise SourceError(
-            f"the tokenizer is damaged: {str(error)[:200]}", where=label, hint="download or copy the model again"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return Tokenizer(document=json.dumps(document), label=label)
+    except CompressError as error:
+        raise SourceError(error.what, where=label, hint="download or copy the model again") from error
 
 
 def read_tokenizer(directory: Path) -> TokenizerFile:
@@ -255,8 +249,8 @@ def _padding_ids(document: Mapping[str, Any]) -> set[int]:
     return {padding["pad_id"]} if isinstance(padding, Mapping) and _is_id(padding.get("pad_id")) else set()
 
 
-def _check_ids(expected: Mapping[str, int], backend: Any, label: str) -> None:
-    actual: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+def _check_ids(expected: Mapping[str, int], backend: Tokenizer, label: str) -> None:
+    actual = backend.vocabulary()
     if actual == expected:
         return
     different = sorted(token for token in {*expected, *actual} if expected.get(token) != actual.get(token))

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from compress import pooling
 from compress.contracts import KEPT_HEADS, Checkpoint, PrunableFamily, SizeKeys, Structure
@@ -27,6 +28,7 @@ from compress.prune.distill import Distilled, distill
 from compress.prune.distill_texts import TOKENS as LEARNT_TOKENS
 from compress.prune.distill_texts import learning_texts
 from compress.source.base import TOKENIZER_NAMES
+from compress.source.files import MAX_CONFIG_BYTES, check_regular, read_json_object
 from compress.source.local_directory import INDEX_NAME, WEIGHTS_NAME
 from compress.validation.protocol import run_worker
 
@@ -34,6 +36,8 @@ TIMEOUT_SECONDS = 48 * 3600.0
 RECORD_NAME = "pruning.json"
 #: The ids of the source that a trimmed vocabulary kept, int64: the new id is the place.
 KEPT_IDS_NAME = "kept_ids.npy"
+
+MAX_KEPT_BYTES = 256 << 20
 
 Progress = Callable[[float], None]
 
@@ -214,18 +218,37 @@ def trim_as_before(
     Raises:
         CompressError: The list is damaged, or another model's.
     """
-    ids = np.load(kept, allow_pickle=False)
     structure, _ = prunable(checkpoint)
-    if (
-        ids.ndim != 1
-        or ids.dtype != np.int64
-        or not len(ids)
-        or np.any(np.diff(ids) <= 0)
-        or ids[-1] >= structure.vocab_size
-    ):
-        raise CompressError("this is no list of kept token ids of the model", where=str(kept))
+    ids = read_kept(kept, structure.vocab_size)
     nothing = vocabulary.Coverage(0, 0, 0, 0)
     _trimmed(checkpoint, source, vocabulary.Trimmed(ids, structure.vocab_size, nothing), directory, options, {})
+
+
+def read_kept(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Return the ids, int64 ``[kept]`` ascending, that an artifact kept of a vocabulary.
+
+    Raises:
+        CompressError: The list is damaged, or another model's.
+    """
+    check_regular(path, MAX_KEPT_BYTES)
+    try:
+        with path.open("rb") as stream:
+            # Not np.load: by the first bytes it may also open an archive, and a header may claim any number of items.
+            shape, _, dtype = _npy_header(stream)
+            if dtype != np.int64 or len(shape) != 1 or not 0 < shape[0] <= vocab_size:
+                raise ValueError(f"{dtype} of shape {shape}")
+            ids = np.frombuffer(stream.read(8 * shape[0]), np.int64)
+    except Exception as error:  # noqa: BLE001 - a header is Python's syntax, read by what raises as Python's parser does
+        raise CompressError(f"the list of kept token ids is damaged: {error}", where=str(path)) from error
+    if len(ids) != shape[0] or np.any(np.diff(ids) <= 0) or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise CompressError("this is no list of kept token ids of the model", where=str(path))
+    return ids
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("another version of the format")
+    return np.lib.format.read_array_header_1_0(stream)
 
 
 def _trimmed(
@@ -304,7 +327,7 @@ def recover(
         for path in (*directory.glob("model*.safetensors"), directory / INDEX_NAME):
             path.unlink(missing_ok=True)
         (directory / ".distilled.safetensors").replace(directory / WEIGHTS_NAME)
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
         write_file(
             directory / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n"
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _choose(
     file: TokenizerFile, directory: Path, text: str, minimum_count: int, vocab_size: int, config: Mapping[str, Any]
 ) -> Trimmed:
     backend = file.backend()
-    counts = Counter(backend.encode(text, add_special_tokens=False).ids)
+    counts = Counter(backend.ids(text))
     total = counts.total()
     if total < MINIMUM_TOKENS:
         raise UsageError(
@@ -137,7 +137,7 @@ def _choose(
     of_id = {number: token for token, number in tokens.items()}
     frequent = {of_id[number] for number, count in counts.items() if count >= minimum_count}
     for words in template_words(directory):
-        frequent.update(of_id[number] for number in backend.encode(words, add_special_tokens=False).ids)
+        frequent.update(of_id[number] for number in backend.ids(words))
     pieces = closed(file, frequent) | alphabet(file)
     fixed = {number for number in named if number < vocab_size}
     kept = fixed | {tokens[piece] for piece in pieces if tokens[piece] < vocab_size}
@@ -157,7 +157,7 @@ def lengths(directory: Path, trimmed: Trimmed, text: str) -> tuple[int, int]:
     with with_tokenizer_json(directory) as made:
         file = read_tokenizer(made)
     after = load_backend(renumbered(file, trimmed.new_ids()), TOKENIZER_NAME)
-    before, less = (each.encode(text, add_special_tokens=False).ids for each in (file.backend(), after))
+    before, less = (each.ids(text) for each in (file.backend(), after))
     return len(before), len(less)
 
 
@@ -185,29 +185,21 @@ def differing_words(file: TokenizerFile, text: str, kept: set[int]) -> list[str]
     order = {old: new for new, old in enumerate(sorted(kept))}
     before = file.backend()
     after = load_backend(renumbered(file, order), file.label)
-    old, new = before.encode(text, add_special_tokens=False), after.encode(text, add_special_tokens=False)
+    fields = ("ids", "offsets", "words")
+    old, new = (each.encode([(text, None)], fields=fields)[0] for each in (before, after))
     if [order.get(number) for number in old.ids] == new.ids:
         return []
     found: dict[int, list[list[int | None]]] = {}
     places: dict[int, tuple[int, int]] = {}
-    for side, ids, words in ((0, [order.get(i) for i in old.ids], old.word_ids), (1, new.ids, new.word_ids)):
+    for side, ids, words in ((0, [order.get(i) for i in old.ids], old.words), (1, new.ids, new.words)):
         for number, word in zip(ids, words, strict=True):
             found.setdefault(-1 if word is None else word, [[], []])[side].append(number)
-    for (start, stop), word in zip(old.offsets, old.word_ids, strict=True):
+    for (start, stop), word in zip(old.offsets, old.words, strict=True):
         key = -1 if word is None else word
         first, last = places.get(key, (start, stop))
         places[key] = (min(first, start), max(last, stop))
     regions = {text[slice(*places[word])] for word, (was, is_) in found.items() if was != is_ and word in places}
-    return sorted({piece for region in regions for piece in _words(before, region)})
-
-
-def _words(backend: Any, region: str) -> Iterator[str]:
-    normal = backend.normalizer.normalize_str(region) if backend.normalizer else region
-    if backend.pre_tokenizer is None:
-        yield normal
-        return
-    for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal):
-        yield word
+    return sorted({piece for region in regions for piece in before.split(region)})
 
 
 # ------------------------------------------------------------------------------------------------------- rewriting

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from compress.errors import CompressError
+from compress.errors import CompressError, SourceError
 from compress.report.model import SCHEMA_VERSION, Report
+from compress.source.files import parse_json, read_bytes
 
 NAME = "report.json"
 #: More is no report.
@@ -34,16 +35,12 @@ def read(path: Path) -> Report:
         CompressError: The file is missing or damaged, a report of a newer schema version, or a key of it is wrong.
     """
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise CompressError(f"the report cannot be read: {error.strerror}", where=str(path)) from error
-    if len(content) > MAX_BYTES:
-        raise CompressError(f"the report is damaged: more than {MAX_BYTES >> 20} MiB", where=str(path))
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CompressError(f"the report is damaged: {error}", where=str(path)) from error
+        data = parse_json(read_bytes(path, MAX_BYTES), path.name)
+    except SourceError as error:
+        absent = isinstance(error.__cause__, OSError)
+        raise CompressError(
+            f"the report {'cannot be read' if absent else 'is damaged'}: {error.what}", where=str(path)
+        ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if type(version) is int and version > SCHEMA_VERSION:
         raise CompressError(

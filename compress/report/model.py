@@ -343,8 +343,8 @@ class TensorRecord(_Strict):
     role: str
     layer: int | None = None
     storage: str
-    bits: float
-    bytes: int
+    bits: Annotated[float, Field(ge=0, le=1e6)]
+    bytes: Annotated[int, Field(ge=0)]
     relative_error: float | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,39 @@ UNSUPPORTED = (
 # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA) change the base weights, or how the factors act.
 INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 _MAX_PATTERN = 256
-_MAX_REPEATS = 3
+_MAX_REPEATS = 2
+_MAX_NAME = 256
+#: All matching of an adapter together; a real one takes a second.
+_MATCHING_SECONDS = 8.0
+_MAX_PATTERNS = 4096
+#: Ranks and alphas; more than the width of any layer.
+MAX_NUMBER = 1 << 24
+
+
+class Patterns:
+    """Values by module name or regular expression, in order; the expressions were checked not to be too complex."""
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()]
+        self._left = _MATCHING_SECONDS
+
+    def value(self, module: str, default: float) -> float:
+        """Return the value of the first pattern that ends the module's name, as ``peft.utils.get_pattern_key`` does.
+
+        Raises:
+            SourceError: The name is longer than any, or matching takes without an end.
+        """
+        if self._compiled and len(module) > _MAX_NAME:
+            raise SourceError(f"the module's name {module!r:.80} is longer than any", where="adapter_config.json")
+        for pattern, value in self._compiled:
+            begun = time.perf_counter()
+            found = pattern.match(module)
+            self._left -= time.perf_counter() - begun
+            if self._left < 0:
+                raise SourceError("its patterns take too long to match", where="adapter_config.json")
+            if found:
+                return value
+        return default
 
 
 @dataclass(frozen=True)
@@ -42,8 +75,8 @@ class LoraConfig:
         rank: Rank r of modules that no pattern names.
         alpha: Its alpha; the product is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``rslora``.
         rslora: Rank-stabilized scaling (Kalajdzievski, arXiv:2312.03732).
-        rank_pattern: Module name or pattern -> rank.
-        alpha_pattern: Module name or pattern -> alpha.
+        rank_pattern: Ranks of modules by name or pattern.
+        alpha_pattern: Their alphas.
         fan_in_fan_out: Base weights are stored as ``[in_features, out_features]``.
         base_model: What the adapter says that it was made for.
     """
@@ -51,8 +84,8 @@ class LoraConfig:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     fan_in_fan_out: bool
     base_model: str | None
 
@@ -66,13 +99,13 @@ class LoraConfig:
         Raises:
             SourceError: The config promises another rank.
         """
-        promised = _by_pattern(self.rank_pattern, module, self.rank)
+        promised = self.rank_pattern.value(module, self.rank)
         if promised != rank:
             raise SourceError(
                 f"the adapter's factors of {module!r} have rank {rank}, its config says {promised:g}",
                 where="adapter_config.json",
             )
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = self.alpha_pattern.value(module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -113,23 +146,28 @@ def load_adapter_config(directory: Path, name: str) -> LoraConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN is not below anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
     value = config.get(key)
-    if not _is_number(value) or value is None or value < 0:
-        raise SourceError(f"{key} is {value!r}, not a number", where=where)
+    if not _is_number(value) or value is None or not 0 <= value <= MAX_NUMBER:
+        raise SourceError(f"{key} is {value!r:.80}, not a number up to {MAX_NUMBER:,}", where=where)
     return float(value)
 
 
-def _pattern(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, float]:
+def _pattern(config: Mapping[str, Any], key: str, where: str) -> Patterns:
     value = config.get(key) or {}
-    if not isinstance(value, dict) or not all(_is_number(number) for number in value.values()):
+    if (
+        not isinstance(value, dict)
+        or len(value) > _MAX_PATTERNS
+        or not all(_is_number(number) for number in value.values())
+    ):
         raise SourceError(f"{key} is not a mapping of module names to numbers", where=where)
     for pattern in value:
         _check_pattern(pattern, key, where)
-    return value
+    return Patterns(value)
 
 
 def _check_pattern(pattern: str, key: str, where: str) -> None:
@@ -143,11 +181,3 @@ def _check_pattern(pattern: str, key: str, where: str) -> None:
         raise SourceError(
             f"the pattern {pattern!r} in {key} is not a regular expression: {error}", where=where
         ) from error
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first pattern that ends the module's name, as ``peft.utils.get_pattern_key`` does."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -13,10 +13,13 @@ from typing import Any, Protocol, Self
 from compress import temporary
 from compress.contracts import Checkpoint, FloatArray, SourceFile, TensorInfo
 from compress.errors import SourceError, UnsupportedModelError
-from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object, sha256_of
+from compress.source.files import MAX_CONFIG_BYTES, check_regular, contained, read_json_object, sha256_of
 from compress.source.sentence_transformers import SENTENCE_NAMES
 
 CONFIG_NAME = "config.json"
+#: Side files are copied into an artifact and read whole by other libraries.
+MAX_SIDECAR_BYTES = 128 << 20
+_MAX_MODEL_TYPE = 64
 TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -204,13 +207,16 @@ def find_sidecars(directory: Path) -> dict[str, Path]:
     A name is relative to the directory, with ``/`` before a file in a folder (``1_Pooling/config.json``).
 
     Raises:
-        SourceError: One of them is a link out of the directory, or not a regular file.
+        SourceError: One of them is a link out of the directory, not a regular file, or larger than any.
     """
-    return {
+    found = {
         name: contained(directory, name)
         for name in SIDECAR_NAMES
         if (directory / name).is_symlink() or (directory / name).exists()
     }
+    for name, path in found.items():
+        check_regular(path, MAX_SIDECAR_BYTES, name)
+    return found
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
@@ -288,6 +294,8 @@ def _transformers_has(model_type: str) -> bool:
     if spec is None or not spec.submodule_search_locations:
         return True
     folder = model_type.replace("-", "_")
-    return folder.isidentifier() and any(
-        (Path(root) / "models" / folder).is_dir() for root in spec.submodule_search_locations
+    return (
+        len(folder) <= _MAX_MODEL_TYPE
+        and folder.isidentifier()
+        and any((Path(root) / "models" / folder).is_dir() for root in spec.submodule_search_locations)
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
+import stat
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NoReturn
 
 from compress.errors import SourceError
 
@@ -17,6 +21,8 @@ DIGEST_CHUNK = 1 << 20
 MAX_CONFIG_BYTES = 4 << 20
 MAX_INDEX_BYTES = 32 << 20
 MAX_JSON_DEPTH = 32
+#: transformers writes 10**30 for a tokenizer without a limit.
+MAX_DIGITS = 64
 
 
 class RandomAccessFile:
@@ -35,12 +41,7 @@ class RandomAccessFile:
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
         self.label = label or path.name
-        try:
-            # O_NONBLOCK: a named pipe in place of a model must not hang the command.
-            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-            descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-        except OSError as error:
-            raise SourceError(f"cannot open the file: {error.strerror or error}", where=self.label) from error
+        descriptor = _open(path, self.label)
         self._descriptor = descriptor
         # Contexts are optional for callers, so the descriptor is also closed when the object goes.
         self._finalizer = weakref.finalize(self, os.close, descriptor)
@@ -91,15 +92,74 @@ class RandomAccessFile:
         self._finalizer()
 
 
+def _open(path: Path, label: str) -> int:
+    """Return a descriptor of a regular file: a named pipe in its place would hang the command, a device has no end."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SourceError(f"cannot open the file: {reason or error}", where=label) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SourceError("not a regular file", where=label, hint="give a file, no directory, pipe or device")
+    return descriptor
+
+
+def open_regular(path: Path, label: str | None = None) -> io.FileIO:
+    """Open a file for reading, unbuffered, after checking that it is a regular one.
+
+    Raises:
+        SourceError: It cannot be opened, or is a directory, a pipe or a device.
+    """
+    return io.FileIO(_open(path, label or path.name), "rb")
+
+
+def check_regular(path: Path, limit: int, label: str | None = None) -> int:
+    """Return the size of a regular file that another library is going to open, bytes.
+
+    Raises:
+        SourceError: It cannot be opened, is not a regular file, or has more than ``limit`` bytes.
+    """
+    with open_regular(path, label) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    if size > limit:
+        raise _too_large(limit, label or path.name)
+    return size
+
+
+def read_bytes(path: Path, limit: int, label: str | None = None) -> bytes:
+    """Return all of a regular file.
+
+    Raises:
+        SourceError: It cannot be read, is not a regular file, or has more than ``limit`` bytes.
+    """
+    label = label or path.name
+    with open_regular(path, label) as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            raise _too_large(limit, label)
+        try:
+            content = b"".join(iter(lambda: stream.read(limit + 1), b""))
+        except OSError as error:
+            raise SourceError(f"cannot read the file: {error.strerror or error}", where=label) from error
+    if len(content) > limit:  # it grew meanwhile
+        raise _too_large(limit, label)
+    return content
+
+
+def _too_large(limit: int, label: str) -> SourceError:
+    return SourceError(f"the file is larger than {limit >> 20} MiB, no such file is", where=label)
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal, read in 1 MiB chunks.
 
     Raises:
-        SourceError: The file cannot be read.
+        SourceError: The file cannot be read, or is not a regular one.
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as stream:
+        with open_regular(path) as stream:
             while chunk := stream.read(DIGEST_CHUNK):
                 digest.update(chunk)
     except OSError as error:
@@ -132,7 +192,7 @@ def contained(directory: Path, name: str, *, named_by: str | None = None) -> Pat
     path = directory.joinpath(*parts)
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(
             "a file of the model is missing", where=where, hint="download or copy the model again, all of its files"
         ) from error
@@ -185,24 +245,70 @@ def read_json_list(path: Path, limit: int, label: str | None = None) -> list[Any
 
 
 def _read_json(path: Path, limit: int, label: str) -> Any:
+    return parse_json(read_bytes(path, limit, label), label)
+
+
+def parse_json(content: bytes, label: str) -> Any:
+    """Return what a JSON document says, if it says one thing to every reader.
+
+    Refused beside what is no JSON: an object with a key twice (which of them counts depends on the reader), ``NaN`` and
+    ``Infinity`` (a number that overflows is one), half of a surrogate pair (no text can be written with it), and more
+    than :data:`MAX_JSON_DEPTH` levels.
+
+    Raises:
+        SourceError: It is refused.
+    """
+    hint = "download or copy the model again"
     try:
-        with path.open("rb") as stream:
-            text = stream.read(limit + 1)
-    except OSError as error:
-        raise SourceError(f"cannot read the file: {error.strerror or error}", where=label) from error
-    if len(text) > limit:
-        raise SourceError(f"the file is larger than {limit >> 20} MiB, no such file is", where=label)
-    try:
-        value = json.loads(text)
+        value = json.loads(
+            content.decode("utf-8-sig"),  # given bytes, the library lets halves of surrogate pairs pass
+            object_pairs_hook=unique_keys,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
     except RecursionError as error:
         raise SourceError("the JSON is nested too deeply", where=label) from error
     except ValueError as error:
-        raise SourceError(
-            f"the file is not JSON: {error}", where=label, hint="download or copy the model again"
-        ) from error
+        raise SourceError(f"the file is not JSON: {error}", where=label, hint=hint) from error
     if isinstance(value, dict | list) and _depth_exceeds(value, MAX_JSON_DEPTH):
         raise SourceError("the JSON is nested too deeply", where=label)
+    if b"\\ud" in content.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SourceError("the JSON holds half of a surrogate pair", where=label, hint=hint) from error
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values: an ``object_pairs_hook`` that refuses a key that is there twice.
+
+    Raises:
+        ValueError: One is.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r:.80} is given twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text:.40} is larger than any number")
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:

@@ -7,6 +7,7 @@ bounds every count by the bytes that are there, and keeps plain Python values.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 from collections.abc import Mapping
@@ -17,11 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from compress.errors import SourceError, UnsupportedModelError
+from compress.source.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 << 20
 MAX_ENTRIES = 1 << 20
+#: Items of all arrays together: vocabularies have a million of them, and each becomes a Python object.
+MAX_ITEMS = 1 << 22
+MAX_ALIGNMENT = 1 << 20
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 # Value type -> struct format of a scalar; 8 is a string, 9 an array.
@@ -77,7 +82,7 @@ def read_header(path: Path) -> GgufHeader:
         UnsupportedModelError: A version, byte order or tensor type that is not supported.
     """
     try:
-        with path.open("rb") as stream:
+        with io.BufferedReader(open_regular(path)) as stream:
             return _Parser(stream, path.stat().st_size, path.name).parse()
     except OSError as error:
         raise SourceError(f"cannot read the file: {error.strerror or error}", where=path.name) from error
@@ -89,6 +94,7 @@ class _Parser:
         self.size = size
         self.label = label
         self.position = 0
+        self.items = 0
 
     def parse(self) -> GgufHeader:
         tensor_count, entry_count = self._preamble()
@@ -100,7 +106,8 @@ class _Parser:
             metadata[key] = self._value(self._scalar("I"))
         infos = [self._tensor_info() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        whole = type(alignment) is int and 0 < alignment <= MAX_ALIGNMENT
+        if not whole or alignment & (alignment - 1):
             raise self._damaged(f"the alignment {alignment!r} is not a power of two")
         data = -(-self.position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
@@ -108,7 +115,16 @@ class _Parser:
             if name in tensors:
                 raise self._damaged(f"the file names tensor {name!r} twice")
             tensors[name] = self._tensor(name, shape, type_id, data + offset)
+        self._check_apart(tensors)
         return GgufHeader(metadata, tensors)
+
+    def _check_apart(self, tensors: Mapping[str, GgufTensor]) -> None:
+        """Refuse tensors that share bytes: bytes that are two things at once are nobody's honest weights."""
+        last: GgufTensor | None = None
+        for tensor in sorted(tensors.values(), key=lambda item: item.offset):
+            if last is not None and tensor.offset < last.offset + last.nbytes:
+                raise self._damaged(f"tensors {last.name!r:.80} and {tensor.name!r:.80} lie over each other")
+            last = tensor
 
     def _preamble(self) -> tuple[int, int]:
         if self.size < 24 or self._take(4) != MAGIC:
@@ -158,7 +174,8 @@ class _Parser:
         item, count = self._scalar("I"), self._scalar("Q")
         if item == ARRAY:
             raise self._damaged("the metadata holds nested arrays")
-        if count > self.size:
+        self.items += count
+        if self.items > min(self.size, MAX_ITEMS):
             raise self._damaged(f"an array claims {count} items")
         if item == STRING:
             return [self._string() for _ in range(count)]

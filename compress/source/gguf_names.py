@@ -6,6 +6,7 @@ Sources: llama.cpp's ``convert_hf_to_gguf.py`` (what it renames, permutes and tr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class _Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise SourceError(
                 f"the metadata {self.architecture}.{key} is {_shown(value)}, not a number", where="GGUF header"
             )
@@ -153,6 +154,8 @@ def _rotary(header: GgufHeader, keys: _Keys, head_dim: int) -> dict[str, Any]:
     if kind == "linear" and keys.number("rope.scaling.factor") != 1.0:
         rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
         scaling = {"rope_type": "linear", "type": "linear", "factor": rope["factor"]}
+    if not head_dim:
+        raise SourceError("heads have no width", where="GGUF header")
     rotated = keys.integer("rope.dimension_count", head_dim)
     partial = {}
     if rotated != head_dim:

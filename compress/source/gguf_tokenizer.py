@@ -15,8 +15,13 @@ from typing import Any
 
 from compress.children import follow_parent, run_module
 from compress.errors import SourceError
+from compress.limits import limit
+from compress.source.files import MAX_CONFIG_BYTES, read_json_object
 
 TIMEOUT_SECONDS = 300
+#: What rebuilding may compute and allocate once the libraries are loaded; a vocabulary of 256,000 takes a fifth.
+REBUILD_SECONDS = 120.0
+REBUILD_MEMORY = 4 << 30
 # llama.cpp (llama-vocab.cpp) splits digits one by one, then by GPT-2's pattern, for these `tokenizer.ggml.pre`;
 # transformers forgets the digits, which shows after two spaces.
 DIGIT_SPLITTERS = ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b")
@@ -63,6 +68,7 @@ def _rebuild(model: Path, directory: Path) -> None:
 
     from compress.source.gguf_header import read_header
 
+    limit(REBUILD_SECONDS, REBUILD_MEMORY)
     metadata = read_header(model).metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     digits = kind == "gpt2" and pre in DIGIT_SPLITTERS
@@ -73,7 +79,7 @@ def _rebuild(model: Path, directory: Path) -> None:
     tokenizer.save_pretrained(str(directory))
     if digits:
         _split_digits(directory / "tokenizer.json")
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json_object(directory / "tokenizer_config.json", MAX_CONFIG_BYTES)
     # transformers 5 writes `TokenizersBackend`, a name that versions before it do not know.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for local in ("is_local", "local_files_only", "name_or_path", "gguf_file"):

@@ -19,7 +19,9 @@ from compress.errors import SourceError, did_you_mean
 from compress.source.files import RandomAccessFile
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-MAX_HEADER_BYTES = 32 << 20
+#: A header of ten thousand tensors has a megabyte; read, it takes ten times its size.
+MAX_HEADER_BYTES = 8 << 20
+MAX_DIMENSIONS = 8
 CHUNK_ELEMENTS = 1 << 18
 _DAMAGED = "the file is truncated or damaged: download or copy it again"
 
@@ -41,7 +43,7 @@ class SafetensorsFile:
         try:
             header, self._data = self._read_header()
             self._begin = {name: int(entry["data_offsets"][0]) for name, entry in header.items()}
-            self.tensors = {name: _info(name, entry) for name, entry in header.items()}
+            self.tensors = {name: _info(name, entry, self.label) for name, entry in header.items()}
         except BaseException:
             self._file.close()
             raise
@@ -135,8 +137,10 @@ def _short(hint: str | None) -> str | None:
     return hint if hint is None or len(hint) <= 300 else hint[:297] + "..."
 
 
-def _info(name: str, entry: Mapping[str, Any]) -> TensorInfo:
+def _info(name: str, entry: Mapping[str, Any], label: str) -> TensorInfo:
     begin, end = entry["data_offsets"]
+    if len(entry["shape"]) > MAX_DIMENSIONS:
+        raise SourceError(f"tensor {name!r:.80} has {len(entry['shape'])} dimensions", where=label, hint=_DAMAGED)
     return TensorInfo(name, tuple(entry["shape"]), entry["dtype"], end - begin)
 
 

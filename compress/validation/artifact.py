@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,15 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.package.external import data_files
+from compress.package.onnx_check import check_places
+from compress.package.tree import name_fault
+from compress.profile import names_a_file
+from compress.source.files import MAX_CONFIG_BYTES, contained, read_json_object
 from compress.tasks import architecture_of, task_of
 from compress.validation.static_decoding import DECODE_NAME
 
 DECODING = "text-generation"
+MAX_VOCABULARY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,16 @@ def open_artifact(directory: Path) -> Artifact:
         if not isinstance(decoder, dict):
             raise CompressError("model.decoder is not a mapping", where="genai_config.json")
     filename = decoder.get("filename", "model.onnx")
-    if not isinstance(filename, str) or Path(filename).name != filename:
-        raise CompressError(f"the graph's file name {filename!r} is not a plain name", where="genai_config.json")
+    if not isinstance(filename, str) or Path(filename).name != filename or name_fault(filename):
+        raise CompressError(f"the graph's file name {filename!r:.80} is not a plain name", where="genai_config.json")
     if not (directory / filename).is_file():
         raise CompressError(f"the artifact has no {filename}", where=str(directory))
+    contained(directory, filename, named_by="genai_config.json")
+    for graph in (directory / filename, directory / DECODE_NAME):
+        if graph.is_file():
+            check_places(graph)
     vocab = config.get("vocab_size")
-    if not isinstance(vocab, int) or vocab < 1:
+    if type(vocab) is not int or not 0 < vocab <= MAX_VOCABULARY:
         raise CompressError("the config does not say the vocabulary's size", where=str(directory / "config.json"))
     context = config.get("max_position_embeddings", config.get("n_positions"))
     genai = (directory / "genai_config.json").exists()
@@ -87,7 +95,7 @@ def open_artifact(directory: Path) -> Artifact:
         directory / filename,
         _options(decoder.get("session_options", {})),
         vocab,
-        context if isinstance(context, int) else None,
+        context if type(context) is int and context > 0 else None,
         DECODING if genai or architecture_of(config) is None else task_of(config).name,
         config,
     )
@@ -107,6 +115,13 @@ def _options(options: object) -> dict[str, str]:
     """Return the scalar session options as text; ``provider_options`` and other lists belong to genai."""
     if not isinstance(options, dict):
         raise CompressError("session_options is not a mapping", where="genai_config.json")
+    for key, value in options.items():
+        if names_a_file(key, value):
+            raise CompressError(
+                f"the session option {key!r} names a file; ONNX Runtime would read or write it",
+                where="genai_config.json",
+                hint="do not use this artifact: no export writes such an option",
+            )
     return {
         str(key): str(int(value)) if isinstance(value, bool) else str(value)
         for key, value in options.items()
@@ -115,12 +130,4 @@ def _options(options: object) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CompressError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
-        raise CompressError(f"the file is not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise CompressError("the file is not a JSON object", where=str(path))
-    return value
+    return read_json_object(path, MAX_CONFIG_BYTES, str(path))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import math
 from collections import Counter
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import SourceError, UsageError, did_you_mean
+from compress.source.files import open_regular, unique_keys
 from compress.validation.artifact import Artifact
 
 MINIMUM_EXAMPLES = 10
@@ -127,7 +129,7 @@ def label_names(config: Mapping[str, Any]) -> list[str] | None:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with path.open("rb") as stream:
+        with io.BufferedReader(open_regular(path, str(path))) as stream:
             for number in range(1, MAX_EXAMPLES + 3):
                 line = stream.readline(MAX_LINE_BYTES + 1)
                 if not line:
@@ -135,6 +137,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if len(line) > MAX_LINE_BYTES:
                     _refuse(path, number, "the line is longer than a megabyte", "one JSON object a line, JSON Lines")
                 yield number, line
+    except SourceError as error:
+        raise UsageError(f"the labels cannot be read: {error.what}", where=error.where, hint=error.hint) from error
     except OSError as error:
         raise UsageError(f"the labels cannot be read: {error.strerror}", where=str(path)) from error
 
@@ -147,9 +151,13 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not text.strip():
         _refuse(path, number, "the line is empty", "delete it")
     try:
-        record = json.loads(text, parse_constant=lambda name: _refuse(path, number, f"{name} is not JSON", "a number"))
+        record = json.loads(
+            text,
+            parse_constant=lambda name: _refuse(path, number, f"{name} is not JSON", "a number"),
+            object_pairs_hook=unique_keys,
+        )
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
         _refuse(path, number, f"the line is not JSON: {reason}", 'one object a line: {"text": "...", "label": "..."}')
     if not isinstance(record, dict):
         _refuse(path, number, "the line is not a JSON object", 'one object a line: {"text": "...", "label": "..."}')

@@ -7,9 +7,8 @@ No two are alike, neither as text nor as tokens: a text's nearest other text wou
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CompressError, UsageError
+from compress.source.files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, read_bytes, read_json_object
+from compress.tokens import Tokenizer
 from compress.validation.artifact import Artifact
 from compress.validation.encoded import Encoded, pack
 from compress.validation.text import Text
@@ -179,20 +180,10 @@ def tokenize(texts: Sequence[Pair], artifact: Artifact, max_length: int) -> list
 
 
 def _with_tokenizers(texts: Sequence[Pair], directory: Path, max_length: int) -> list[Tokens]:
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CompressError(f"the tokenizer is damaged: {error}", where=str(path)) from error
-    tokenizer.no_padding()  # files often come with the padding and truncation of whoever saved them
-    tokenizer.enable_truncation(max_length)
-    found = [tokenizer.encode(a) if b is None else tokenizer.encode(a, b) for a, b in texts]
-    return [
-        Tokens(item.ids, item.type_ids, [bool(flag) for flag in item.special_tokens_mask], bool(item.overflowing))
-        for item in found
-    ]
+    fields = ("ids", "types", "special", "cut")
+    with Tokenizer(path=directory / "tokenizer.json") as tokenizer:
+        found = tokenizer.encode(texts, special=True, length=max_length, fields=fields)
+    return [Tokens(item.ids, item.types, item.special, item.cut) for item in found]
 
 
 def _with_transformers(texts: Sequence[Pair], directory: Path, max_length: int) -> list[Tokens]:
@@ -226,20 +217,17 @@ def mask_id(artifact: Artifact) -> int:
 def _id_of(token: str, directory: Path) -> int | None:
     path = directory / "tokenizer.json"
     if path.is_file():
-        from tokenizers import Tokenizer
-
-        found: int | None = Tokenizer.from_file(str(path)).token_to_id(token)
-        return found
+        with Tokenizer(path=path) as tokenizer:
+            return tokenizer.vocabulary().get(token)
     vocabulary = directory / "vocab.txt"
     if not vocabulary.is_file():
         return None
-    lines: Iterable[str] = vocabulary.read_text("utf-8").splitlines()
+    lines = read_bytes(vocabulary, MAX_INDEX_BYTES).decode("utf-8", "replace").splitlines()
     return next((index for index, line in enumerate(lines) if line == token), None)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path, MAX_CONFIG_BYTES)
+    except CompressError:
         return {}
-    return value if isinstance(value, dict) else {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, SourceError, UsageError
+from compress.source.files import open_regular
+from compress.tokens import Tokenizer
 
 Half = Literal["calibration", "evaluation"]
 Windows = npt.NDArray[np.int64]
@@ -79,24 +83,35 @@ def from_file(path: Path, tokens: int, *, excerpts: int = 1) -> Text:
     """
     limit = max(MINIMUM_BYTES, BYTES_PER_TOKEN * tokens)
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            size = stream.tell()
+        with open_regular(path, str(path)) as stream:
+            size = stream.seek(0, os.SEEK_END)
             count = excerpts if size > limit else 1
             share = limit // count
             pieces = []
             for index in range(count):
                 start = (size - share) * index // max(1, count - 1) if size > share else 0
                 stream.seek(start)
-                pieces.append(_decoded(stream.read(share), start, size, path))
+                pieces.append(_decoded(_read(stream, share), start, size, path))
+            # After what is read of it was found to be text: a large file of anything else need not be digested.
+            stream.seek(0)
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except SourceError as error:
+        raise UsageError(f"the text cannot be read: {error.what}", where=error.where, hint=error.hint) from error
     except OSError as error:
         raise UsageError(f"the text cannot be read: {error.strerror}", where=str(path)) from error
     content = pieces[0] if count == 1 else "\n\n".join(map(_whole_words, pieces))
-    if "\0" in content:
-        raise UsageError("the file is not text: it has NUL bytes", where=str(path))
     if not content.strip():
         raise UsageError("the text is empty", where=str(path))
     return Text(path.name, digest, content)
+
+
+def _read(stream: io.FileIO, count: int) -> bytes:
+    """Return ``count`` bytes, fewer where the file ends before."""
+    parts: list[bytes] = []
+    while count and (data := stream.read(count)):
+        parts.append(data)
+        count -= len(data)
+    return b"".join(parts)
 
 
 def _decoded(data: bytes, start: int, size: int, path: Path) -> str:
@@ -107,13 +122,16 @@ def _decoded(data: bytes, start: int, size: int, path: Path) -> str:
             skipped += 1
     decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
     try:
-        return decoder.decode(data[skipped:], final=start + len(data) >= size)
+        content = decoder.decode(data[skipped:], final=start + len(data) >= size)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the text is not UTF-8 (byte {start + skipped + error.start})",
             where=str(path),
             hint="convert it to UTF-8 plain text",
         ) from error
+    if "\0" in content:
+        raise UsageError("the file is not text: it has NUL bytes", where=str(path))
+    return content
 
 
 def _whole_words(piece: str) -> str:
@@ -136,17 +154,9 @@ def tokenize(text: str, directory: Path) -> tuple[list[int], list[int]]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return _tokenize_with_transformers(text, directory)
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CompressError(f"the tokenizer is damaged: {error}", where=str(path)) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return split_prefix(
-        tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
-    ), tokenizer.encode(text, add_special_tokens=False).ids
+    with Tokenizer(path=path) as tokenizer:
+        prefix = split_prefix(tokenizer.ids("a", special=True), tokenizer.ids("a"))
+        return prefix, tokenizer.ids(text)
 
 
 def split_prefix(special: list[int], plain: list[int]) -> list[int]:
@@ -203,12 +213,9 @@ def beginning(text: Text, directory: Path, *, length: int, tokens: int) -> str:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return text.content  # what transformers makes of other files does not say where a token stands
-    from tokenizers import Tokenizer
-
     prefix, _ = tokenize("a", directory)
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    places = tokenizer.encode(text.content, add_special_tokens=False).offsets
+    with Tokenizer(path=path) as tokenizer:
+        places = tokenizer.encode([(text.content, None)], fields=("offsets",))[0].offsets
     own = length - len(prefix)
     used = min(tokens // length, len(places) // own) * own
     if not used:

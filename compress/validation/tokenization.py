@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.limits import limit
 from compress.validation.protocol import Json, serve
+
+#: What it may compute and allocate once the library is loaded; Python tokenizers are slow.
+BASE_SECONDS, CHARACTERS_A_SECOND = 60.0, 5_000
+MEMORY = 6 << 30
 
 
 def handle(request: Json, job: Path) -> Json:
@@ -20,6 +25,7 @@ def handle(request: Json, job: Path) -> Json:
     from transformers import AutoTokenizer
 
     directory = request["directory"]
+    limit(BASE_SECONDS + sum(map(len, request["texts"])) / CHARACTERS_A_SECOND, MEMORY)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - transformers raises whatever a tokenizer's own code raises

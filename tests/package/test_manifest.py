@@ -76,7 +76,7 @@ def test_digest_of_more_than_one_chunk(tmp_path: Path) -> None:
         (None, "not an artifact"),
         ("{", "damaged"),
         ("[" * 100_000, "damaged"),
-        ('"text"', "another schema version"),
+        ('"text"', "damaged: the JSON holds a str"),
         ('{"schema_version": 2}', "another schema version"),
         ('{"schema_version": 1, "status": "built"}', "files is missing"),
         ('{"schema_version": 1, "files": [], "profile": 3}', "profile is missing or malformed"),

@@ -13,11 +13,11 @@ import onnx
 import pytest
 
 from compress import cli
-from compress.errors import CompressError
+from compress.errors import CompressError, printable
 from compress.package.manifest import NAME, list_files, measured
 from compress.package.onnx_check import check_graph
 from compress.package.tree import name_fault, scan
-from compress.package.verify import KINDS, printable, verify
+from compress.package.verify import KINDS, verify
 
 REPORT = {
     "schema_version": 2,
@@ -323,7 +323,7 @@ def test_too_many_entries_are_no_artifact(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_printed_commands_no_terminal() -> None:
     assert printable("a\x1b]0;x\x07\udc80") == "a\\x1b]0;x\\x07\\udc80"
-    assert len(printable("x" * 1000)) == 400
+    assert len(printable("x" * 1000, 400)) == 400
 
 
 def test_every_kind_was_planted() -> None:

@@ -161,7 +161,7 @@ def test_methods_that_cannot_be_merged(adapter: Path, tiny_model: Tiny, changes:
     [
         ({"r": "four"}, "r is 'four'"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("nan")}, "NaN is no number"),
         ({"r": 8}, "have rank 4, its config says 8"),
         ({"rank_pattern": {"v_proj": 2}}, "have rank 4, its config says 2"),
         ({"alpha_pattern": []}, None),

@@ -228,7 +228,7 @@ def test_an_artifact_is_read_from_its_configs(artifact: Path) -> None:
         ("genai_config.json", '{"model": {"decoder": {"session_options": []}}}', "not a mapping"),
         ("genai_config.json", '{"model": 3}', "not a mapping"),
         ("genai_config.json", "[", "not JSON"),
-        ("config.json", "[]", "not a JSON object"),
+        ("config.json", "[]", "not an object"),
         ("config.json", "{}", "does not say the vocabulary's size"),
     ],
 )
@@ -242,5 +242,5 @@ def test_a_hostile_artifact_is_refused(artifact: Path, tmp_path: Path, file: str
 def test_what_is_missing_is_named(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="no such artifact directory"):
         open_artifact(tmp_path / "absent")
-    with pytest.raises(CompressError, match="cannot be read"):
+    with pytest.raises(CompressError, match="cannot open the file"):
         open_artifact(tmp_path)
