@@ -128,6 +128,18 @@ def _encoder_validation_bytes(plan: Plan, encoder: Encoder, profile: Profile) ->
     return _REFERENCE + 2 * weights + 2 * states + 2 * logits
 
 
+def by_step(prediction: Prediction, packaging: int, *, validate: bool) -> Mapping[str, int]:
+    """Return the peak bytes of what runs one after the other: making the files, packaging them, measuring them.
+
+    Args:
+        prediction: What :func:`predict` found.
+        packaging: What the target with the largest appetite takes, bytes.
+        validate: Whether the artifact is measured.
+    """
+    measuring = {"validation": prediction.validation} if validate else {}
+    return {"export": prediction.export, "packaging": _MAIN + packaging, **measuring}
+
+
 def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int = 0) -> Prediction:
     """Refuse before work starts when a stage is predicted to take more than ``options.max_memory``.
 
@@ -139,11 +151,7 @@ def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int =
     prediction = predict(plan, profile, options.threads)
     if options.max_memory is None:
         return prediction
-    needs: Mapping[str, int] = {
-        "export": prediction.export,
-        "packaging": _MAIN + packaging,
-        **({"validation": prediction.validation} if options.validate else {}),
-    }
+    needs = by_step(prediction, packaging, validate=options.validate)
     for stage, needed in needs.items():
         if needed > options.max_memory:
             hint = f"raise --max-memory to {format_size(needed)}"

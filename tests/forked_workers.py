@@ -119,9 +119,9 @@ def forked_workers() -> Iterator[Starter]:
 
 
 def _serve(parent: int) -> None:
-    from compress.validation.protocol import _die_with_parent
+    from compress.validation.protocol import die_with_parent
 
-    _die_with_parent(parent)
+    die_with_parent(parent)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     _import()

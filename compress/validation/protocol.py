@@ -241,7 +241,7 @@ def serve(handler: Handler, arguments: list[str] | None = None) -> int:
         print("this module is a worker of compress and is started by it", file=sys.stderr)
         return errors.EXIT_USAGE
     job, parent = Path(given[0]), int(given[1])
-    _die_with_parent(parent)
+    die_with_parent(parent)
     request = json.loads((job / "request.json").read_text())
     response: Json
     try:
@@ -284,7 +284,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel to end this process with its parent (Linux); leave at once if it is already gone."""
     if not sys.platform.startswith("linux"):
         return

@@ -94,7 +94,7 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, sys, time, pathlib\n"
         "from compress.validation import protocol\n"
-        "protocol._die_with_parent(os.getppid())\n"
+        "protocol.die_with_parent(os.getppid())\n"
         f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
