@@ -51,12 +51,12 @@ class Board:
         """Change a record; the journal is not written yet."""
         self._records[name] = self._records[name].model_copy(update=changes)
 
-    def started(self, name: str) -> int:
+    def started(self, name: str, how: str = "started") -> int:
         """Note that an attempt begins, and return its number."""
         attempt = self._records[name].attempts + 1
         self.note(name, state="running", attempts=attempt, exit_code=None, error=None)
         self.save()
-        self.say(f"{self._count()} {name}: started{f', attempt {attempt}' if attempt > 1 else ''}")
+        self.say(f"{self._count()} {name}: {how}{f', attempt {attempt}' if attempt > 1 else ''}")
         return attempt
 
     def stopped(self, names: Iterable[str]) -> None:

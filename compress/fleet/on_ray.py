@@ -7,6 +7,7 @@ library is imported when a sweep asks for it, and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -167,7 +168,7 @@ class RayCrew:
             tuple(commands.LAUNCHER),
             tuple(task.job.words(OUTPUT, self.threads, task.reserved)),
             self.threads,
-            board.started(name),
+            board.started(name, "handed to the cluster"),
             manifest.tool_versions(),
         )
         remote = self._ray.remote(work).options(
@@ -209,10 +210,12 @@ def _connect(address: str) -> Any:
         import ray
     except ImportError:
         raise UsageError("Ray is not installed", hint="pip install 'compress-slm[ray]'") from None
+    # A cluster of this machine alone has nobody to give way to, and its jobs measure speed; Ray's own choice is 15.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     started = time.monotonic()
     how: dict[str, Any] = {"include_dashboard": False, "num_cpus": cores()} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **how)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **how)
     except ImportError as error:
         raise UsageError(
             f"{address} needs more of Ray: {_first(error)}", hint="pip install 'ray[client]', or give HOST:PORT"

@@ -26,7 +26,11 @@ def read(directory: Path) -> Outcome:
     found = parse_manifest(manifest.read_manifest(directory))
     path = directory / report_json.NAME
     report = report_json.read(path) if path.is_file() else None
-    told = {"status": found.status, "manifest_sha256": sha256(directory / manifest.NAME), "digest": digest(found)}
+    told: dict[str, Any] = {
+        "status": found.status,
+        "manifest_sha256": sha256(directory / manifest.NAME),
+        "digest": digest(found),
+    }
     if report is None:
         return Outcome(**told, exit_code=EXIT_OK, model_bytes=_model_bytes(directory, found))
     peaks = [stage.peak_rss_bytes for stage in report.stages if stage.peak_rss_bytes is not None]
@@ -108,7 +112,7 @@ def _timing(report: Report) -> Timing | None:
     speed = next((item for item in report.speed if item.evidence == "measured"), None)
     if speed is None:
         return None
-    shared = {
+    shared: dict[str, Any] = {
         "provider": speed.provider,
         "machine": f"{report.environment.cpu}, {report.environment.cores} cores, {speed.device}",
         "threads": speed.threads,

@@ -61,7 +61,7 @@ def conditions(sweep: Sweep) -> list[str]:
     found = []
     if not sweep.validated:
         found.append("Nothing was measured on the artifacts: the sweep ran without validation.")
-    elif sweep.at_once > 1:
+    elif sweep.at_once > 1 and any(job.outcome and job.outcome.timing for job in sweep.jobs):
         found.append(
             f"Up to {sweep.at_once} jobs shared a machine while speeds were measured: ratios come from runs in "
             "alternation, rates may be lower than those of an artifact that has the machine for itself."
