@@ -57,17 +57,10 @@ class Timing(_Strict):
 class Outcome(_Strict):
     """What a job left.
 
-    Attributes:
-        status: As the manifest has it: ``accepted``, ``rejected``, or ``built`` where nothing was validated.
-        exit_code: What ``compress export`` ends with for it: 0, 3 or 4.
-        reasons: Of the verdict.
-        manifest_sha256: Of ``manifest.json``.
-        digest: One SHA-256 over all files that are not measurements; equal inputs and versions give equal digests.
-        model_bytes: Graph and weights.
-        source_bytes: The source's weights.
-        loss: What was lost.
-        timing: How fast it is, where it ran on real hardware.
-        peak_rss_bytes: The largest process of the export, by the kernel's accounting.
+    ``status``, as the manifest has it, is ``built`` where nothing was validated. ``exit_code`` is what
+    ``compress export`` ends with for it: 0, 3 or 4. ``reasons`` are the verdict's. ``digest`` is one SHA-256 over all
+    files that are no measurements: the lines ``SHA256  NAME``, as ``sha256sum`` prints them, by name. ``model_bytes``
+    are graph and weights, ``source_bytes`` the source's weights. ``peak_rss_bytes`` is the export's largest process.
     """
 
     status: Literal["built", "accepted", "rejected"]
@@ -122,17 +115,9 @@ class Best(_Strict):
 class Sweep(_Strict):
     """All of it.
 
-    Attributes:
-        schema_version: 1.
-        created: When this was written, ISO 8601 in UTC.
-        grid: The grid's name.
-        complete: Whether every job has been done, or has failed for good.
-        at_once: The most jobs that shared a machine.
-        validated: Whether artifacts were measured.
-        versions: Of the libraries that decide bytes and numbers.
-        jobs: Every job of the grid, in its order.
-        best: The best artifacts of each model.
-        former: Jobs of earlier grids, whose artifacts are still there.
+    ``complete``: every job is done, or has failed for good. ``at_once`` is the most jobs that shared a machine.
+    ``validated``: artifacts were measured. ``versions`` are those of the libraries that decide bytes and numbers.
+    ``jobs`` are the grid's, in its order; ``former`` those of earlier grids, whose artifacts are still there.
     """
 
     schema_version: Literal[1] = 1
