@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from compress.errors import CompressError
 from compress.fleet import jobs as commands
@@ -57,14 +56,6 @@ class LocalCrew:
         # This process stays beside its jobs.
         self.memory = None if limit is None else max(0, limit - (peak_rss_bytes() if max_memory is not None else 0))
         self.share = None if self.memory is None else self.memory // at_once
-
-    def __enter__(self) -> LocalCrew:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def run(self, tasks: Sequence[Task], board: Board) -> None:
         """Run jobs to their ends; an interruption ends those that run."""

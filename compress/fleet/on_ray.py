@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from compress.errors import CompressError, UsageError
@@ -94,60 +95,65 @@ def _run(job: Running) -> Ended:
         job.kill()
 
 
+@contextmanager
+def crew(
+    place: Place, address: str, at_once: int, threads: int | None, max_memory: int | None, retries: int
+) -> Iterator[RayCrew]:
+    """Yield who runs jobs on a cluster; ``local`` makes one of this machine, for as long as this lasts.
+
+    Raises:
+        UsageError: Ray is missing, the output is one that only this process sees, or no node has the threads.
+        CompressError: There is no cluster at the address.
+    """
+    if place.store is not None and place.store.within_process:
+        raise UsageError(
+            "memory:// lives in one process, which Ray's workers are not",
+            where=place.output,
+            hint="a directory that all nodes share, or another URL",
+        )
+    # Ray says what happens to its workers on standard output, which belongs to results.
+    with contextlib.redirect_stdout(sys.stderr):
+        ray = _connect(address, max_memory)
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            if not nodes:
+                raise CompressError("the cluster has no node with a processor", where=address)
+            wanted = threads or max(1, int(min(node["CPU"] for node in nodes)) // at_once)
+            memories = [int(node.get("memory", 0)) for node in nodes if node["CPU"] >= wanted]
+            if not memories:
+                raise UsageError(f"no node has {wanted} cores", where=address, hint="lower --threads")
+            limits = memories if max_memory is None else [min(memory, max_memory) for memory in memories]
+            yield RayCrew(ray, place, retries, wanted, max(limits), min(limits) // at_once)
+        finally:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
 class RayCrew:
     """Runs jobs as Ray tasks.
 
     Attributes:
+        ray: The library, connected.
+        place: The sweep's output.
+        retries: Attempts after a first one that failed.
         threads: Of each job.
         memory: What a job may take at most: what the largest node has.
         share: What each job may take at least.
     """
 
-    def __init__(
-        self, place: Place, address: str, at_once: int, threads: int | None, max_memory: int | None, retries: int
-    ) -> None:
-        """Connect to a cluster; ``local`` makes one of this machine.
-
-        Raises:
-            UsageError: Ray is missing, or the output is one that only this process sees.
-            CompressError: There is no cluster at the address.
-        """
-        if place.store is not None and place.store.within_process:
-            raise UsageError(
-                "memory:// lives in one process, which Ray's workers are not",
-                where=place.output,
-                hint="a directory that all nodes share, or another URL",
-            )
-        self._place, self._retries = place, retries
-        self._ray = _connect(address)
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        if not nodes:
-            self._ray.shutdown()
-            raise CompressError("the cluster has no node with a processor", where=address)
-        self.threads = threads or max(1, int(min(node["CPU"] for node in nodes)) // at_once)
-        memories = [int(node.get("memory", 0)) for node in nodes]
-        limits = memories if max_memory is None else [min(memory, max_memory) for memory in memories]
-        fitting = [memory for node, memory in zip(nodes, limits, strict=True) if node["CPU"] >= self.threads]
-        if not fitting:
-            self._ray.shutdown()
-            raise UsageError(f"no node has {self.threads} cores", where=address, hint="lower --threads")
-        self.memory: int | None = max(fitting)
-        self.share: int | None = min(limits) // at_once
-
-    def __enter__(self) -> RayCrew:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ray.shutdown()
+    ray: Any
+    place: Place
+    retries: int
+    threads: int
+    memory: int | None
+    share: int | None
 
     def run(self, tasks: Sequence[Task], board: Board) -> None:
         """Run jobs to their ends; an interruption ends those that run."""
         waiting = {self._submit(task, board): task for task in tasks}
         try:
             while waiting:
-                ended, _ = self._ray.wait(list(waiting), num_returns=1, timeout=_WAIT_SECONDS)
+                ended, _ = self.ray.wait(list(waiting), num_returns=1, timeout=_WAIT_SECONDS)
                 for reference in ended:
                     task = waiting.pop(reference)
                     if not self._settle(task.job.name, reference, board):
@@ -155,23 +161,23 @@ class RayCrew:
         finally:
             for reference in waiting:
                 with contextlib.suppress(Exception):  # the cluster may be what has gone
-                    self._ray.cancel(reference)
+                    self.ray.cancel(reference)
             if waiting:
-                self._ray.wait(list(waiting), num_returns=len(waiting), timeout=12)
+                self.ray.wait(list(waiting), num_returns=len(waiting), timeout=12)
                 board.stopped(task.job.name for task in waiting.values())
 
     def _submit(self, task: Task, board: Board) -> Any:
         name = task.job.name
         request = Request(
             name,
-            self._place.output if self._place.store else str(self._place.desk),
+            self.place.output if self.place.store else str(self.place.desk),
             tuple(commands.LAUNCHER),
             tuple(task.job.words(OUTPUT, self.threads, task.reserved)),
             self.threads,
             board.started(name, "handed to the cluster"),
             manifest.tool_versions(),
         )
-        remote = self._ray.remote(work).options(
+        remote = self.ray.remote(work).options(
             name=name, num_cpus=self.threads, memory=task.reserved, max_retries=MAX_DEATHS, retry_exceptions=False
         )
         return remote.remote(request)
@@ -179,16 +185,16 @@ class RayCrew:
     def _settle(self, name: str, reference: Any, board: Board) -> bool:
         """Note how a job ended; return whether that is final."""
         try:
-            answer: Answer = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
+            answer: Answer = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
             board.failed(name, _first(error), None)
             return True
-        log = self._place.log(name)
+        log = self.place.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream:
             stream.write(answer.log)
         if answer.outcome is not None:
-            if self._place.store is None and not self._place.made(name):
+            if self.place.store is None and not self.place.made(name):
                 problem = "the node wrote its artifact to a place that this machine does not see"
                 board.failed(
                     name, f"{problem}\n  try: -o with a directory that all nodes share, or a URL", answer.ended
@@ -196,14 +202,14 @@ class RayCrew:
                 return True
             board.done(name, answer.outcome, answer.ended)
             return True
-        if worth_another(answer.ended.code) and board[name].attempts <= self._retries:
+        if worth_another(answer.ended.code) and board[name].attempts <= self.retries:
             board.say(f"{name}: {answer.ended.error}: once more")
             return False
         board.failed(name, answer.ended.error, answer.ended)
         return True
 
 
-def _connect(address: str) -> Any:
+def _connect(address: str, max_memory: int | None) -> Any:
     # Said before the import, which reads it: nothing is told to anybody about this run.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -213,7 +219,10 @@ def _connect(address: str) -> Any:
     # A cluster of this machine alone has nobody to give way to, and its jobs measure speed; Ray's own choice is 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     started = time.monotonic()
-    how: dict[str, Any] = {"include_dashboard": False, "num_cpus": cores()} if address == "local" else {}
+    how: dict[str, Any] = {}
+    if address == "local":
+        how = {"include_dashboard": False, "num_cpus": cores()}
+        how |= {} if max_memory is None else {"_memory": max_memory}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **how)
     except ImportError as error:

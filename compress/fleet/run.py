@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,12 +38,20 @@ class Options:
     say: Callable[[str], None] = lambda line: None
 
 
-class Crew(AbstractContextManager["Crew"], Protocol):
+class Crew(Protocol):
     """Who runs the jobs; ``memory`` is the most that one job may take, ``share`` the least that each may."""
 
-    threads: int
-    memory: int | None
-    share: int | None
+    @property
+    def threads(self) -> int:
+        """Return the threads of each job."""
+
+    @property
+    def memory(self) -> int | None:
+        """Return bytes, ``None`` where nobody knows."""
+
+    @property
+    def share(self) -> int | None:
+        """Return bytes, ``None`` where nobody knows."""
 
     def run(self, tasks: Sequence[Task], board: Board) -> None:
         """Run jobs to their ends."""
@@ -94,13 +102,13 @@ def _run(jobs: list[Job], board: Board, place: Place, options: Options) -> None:
             crew.run(tasks, board)
 
 
-def _crew(place: Place, options: Options) -> Crew:
+def _crew(place: Place, options: Options) -> AbstractContextManager[Crew]:
     shared = (options.at_once, options.threads, options.max_memory, options.retries)
     if options.ray is None:
-        return LocalCrew(place, *shared)
-    from compress.fleet.on_ray import RayCrew
+        return nullcontext(LocalCrew(place, *shared))
+    from compress.fleet import on_ray
 
-    return RayCrew(place, options.ray, *shared)
+    return on_ray.crew(place, options.ray, *shared)
 
 
 def _reserved(peak: int, crew: Crew) -> int | None:
