@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT := artifacts/smollm2-arm-int4
 DEMO_ENCODER_OUT := artifacts/minilm-x86-int8
 # Pages of docs/ that tools/NAME_reference.py writes.
-PAGES := cli profile report
+PAGES := cli profile report sweep
 DEMO_PROMPT ?= Why is the sky blue?
 
 .PHONY: demo test fuzz test-providers test-runtimes lint docs site clean

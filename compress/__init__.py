@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compress.api import plan as plan
     from compress.api import profiles as profiles
     from compress.api import prune_model as prune_model
+    from compress.api import sweep as sweep
     from compress.api import validate as validate
     from compress.errors import BudgetError as BudgetError
     from compress.errors import CompressError as CompressError
@@ -63,6 +64,7 @@ __all__ = [
     "plan",
     "profiles",
     "prune_model",
+    "sweep",
     "validate",
 ]
 

@@ -18,6 +18,7 @@ from compress.api_artifact import generate as generate
 from compress.api_artifact import inspect as inspect
 from compress.api_artifact import load_report as load_report
 from compress.api_artifact import validate as validate
+from compress.api_sweep import sweep as sweep
 from compress.catalog import CatalogEntry
 from compress.plan_document import PlanDocument
 from compress.profile import Profile, available_profiles, load_profile

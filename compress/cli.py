@@ -38,6 +38,7 @@ from compress.cli_options import (
 )
 from compress.cli_prune import prune
 from compress.cli_push import push
+from compress.cli_sweep import sweep
 from compress.cli_verify import sign, verify
 from compress.cli_version import version_option
 from compress.completion import complete_models, complete_profiles, complete_providers
@@ -231,6 +232,7 @@ def plan(
     return 0
 
 
+cli.add_command(sweep)
 cli.add_command(prune)
 
 

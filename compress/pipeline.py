@@ -325,7 +325,7 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
         BudgetError: No assignment keeps the budget.
     """
     with model.open(config_only=True) as checkpoint:
-        plan = make_plan(_left(checkpoint, profile), profile, checkpoint)
+        plan = make_plan(left_by_pruning(checkpoint, profile), profile, checkpoint)
         checks.check_plan(plan, profile)
         if profile.quantize.allocation != "budget":
             checks.check_unread(options)
@@ -348,7 +348,7 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
         yield Planned(checkpoint, plan, proved.allocation)
 
 
-def _left(checkpoint: Checkpoint, profile: Profile) -> Structure:
+def left_by_pruning(checkpoint: Checkpoint, profile: Profile) -> Structure:
     """Return what pruning leaves, by the config alone; the source's of a search or a trimmed vocabulary."""
     structure = describe(checkpoint)
     if not any(profile.prune.amounts):

@@ -121,6 +121,18 @@ def _task_bytes(fate: Fate) -> int:
     return int(size * _FLOAT * copies) + 8 * _MB
 
 
+def by_step(prediction: Prediction, packaging: int, *, validate: bool) -> Mapping[str, int]:
+    """Return the peak bytes of what runs one after the other: making the files, packaging them, measuring them.
+
+    Args:
+        prediction: What :func:`predict` found.
+        packaging: What the target with the largest appetite takes, bytes.
+        validate: Whether the artifact is measured.
+    """
+    measuring = {"validation": prediction.validation} if validate else {}
+    return {"export": prediction.export, "packaging": _MAIN + packaging, **measuring}
+
+
 def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int = 0) -> Prediction:
     """Refuse before work starts when a stage is predicted to take more than ``options.max_memory``.
 

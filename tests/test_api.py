@@ -25,7 +25,7 @@ Model = Callable[[str], Path]
 
 FUNCTIONS = sorted(name for name in compress.__all__ if name.islower() and not name.startswith("_"))
 #: Examples that use what others leave behind run in this order.
-EXAMPLES = ("export", "plan", "validate", "bench", "load_report", "inspect", "generate", "prune_model")
+EXAMPLES = ("export", "plan", "validate", "bench", "load_report", "inspect", "generate", "prune_model", "sweep")
 
 
 # ------------------------------------------------------------------------------------------------------------ examples
@@ -39,6 +39,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model, skeletons:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr("compress.graph.skeleton.build_skeleton", skeletons.build)
+        # Its skeleton is kept by then: the examples of exports come first.
+        patch.setattr("compress.fleet.jobs.LAUNCHER", (str(Path(__file__).parent / "fleet" / "quick_export.py"),))
+        patch.setenv("TEST_SKELETONS", str(skeletons._directory))
         yield place
 
 

@@ -25,10 +25,10 @@ in software, `static` if only operators were looked up. Only `measured` runs hav
 """
 
 
-def models() -> list[type[BaseModel]]:
-    """Return the report's models, each once, a model before those that it is made of."""
+def models(root: type[BaseModel] = schema.Report) -> list[type[BaseModel]]:
+    """Return a document's models, each once, a model before those that it is made of."""
     found: list[type[BaseModel]] = []
-    waiting: list[type[BaseModel]] = [schema.Report]
+    waiting: list[type[BaseModel]] = [root]
     while waiting:
         model = waiting.pop(0)
         if model not in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from compress.report.model import Allocation
 from compress.sizes import format_size
@@ -15,7 +16,7 @@ from compress.sizes import format_size
 _WIDTH, _HEIGHT = 680, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 56, 54
 #: Losses below this share of the largest are drawn at it: a loss of 0 has no logarithm.
-_FLOOR = 1e-6
+FLOOR = 1e-6
 
 _STYLE = """
   svg { --surface: #fcfcfb; --text: #1f1f1d; --muted: #6b6a65; --grid: #e5e4df; --line: #2a6fc9; --mark: #c2410c; }
@@ -52,6 +53,10 @@ class Scale:
             low, high, at = math.log10(low), math.log10(high), math.log10(at)
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
+    def place(self, value: float) -> str:
+        """Return the place of ``value`` as a coordinate."""
+        return _place(self(value))
+
 
 def frontier_svg(allocation: Allocation) -> str:
     """Return the frontier as a self-contained SVG document: KL divergence (log) against megabytes.
@@ -59,24 +64,40 @@ def frontier_svg(allocation: Allocation) -> str:
     The chosen assignment, what its artifact was measured to lose, and the budget are marked. It follows the viewer's
     light or dark setting; the same allocation gives the same bytes.
     """
-    sizes, losses = _sizes(allocation), _losses(allocation)
-    x_ticks = _linear_ticks(min(sizes), max(sizes))
-    y_ticks = _log_ticks(min(losses), max(losses))
-    x = Scale(x_ticks[0], x_ticks[-1], _LEFT, _WIDTH - _RIGHT)
-    y = Scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP, logarithmic=True)
+    x, y, axes = frame(_sizes(allocation), _losses(allocation), "KL divergence, nats a token")
     body = [
-        f'<rect class="surface" width="{_WIDTH}" height="{_HEIGHT}"/>',
         f'<text class="title" x="{_LEFT}" y="26">Size and loss of the best assignments of bits</text>',
-        *_axes(x, y, x_ticks, y_ticks),
+        *axes,
         *_budget_lines(allocation, x, y),
         *_curve(allocation, x, y),
         *_legend(allocation),
     ]
+    return document("Predicted KL divergence against size", _sentence(allocation), body)
+
+
+def frame(sizes: Sequence[float], losses: Sequence[float], measure: str) -> tuple[Scale, Scale, list[str]]:
+    """Return the scales that hold sizes and losses, and the drawn axes.
+
+    Args:
+        sizes: Megabytes.
+        losses: Each above 0.
+        measure: What a loss is, for the axis.
+    """
+    x_ticks = _linear_ticks(min(sizes), max(sizes))
+    y_ticks = _log_ticks(min(losses), max(losses))
+    x = Scale(x_ticks[0], x_ticks[-1], _LEFT, _WIDTH - _RIGHT)
+    y = Scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP, logarithmic=True)
+    return x, y, _axes(x, y, x_ticks, y_ticks, measure)
+
+
+def document(title: str, told: str, body: Sequence[str], style: str = "") -> str:
+    """Return an SVG document of the figure's size; ``told`` says in words what is drawn."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
-        "<title>Predicted KL divergence against size</title>",
-        f"<desc>{_sentence(allocation)}</desc>",
-        f"<style>{_STYLE}</style>",
+        f"<title>{escape(title)}</title>",
+        f"<desc>{escape(told)}</desc>",
+        f"<style>{_STYLE}{style}</style>",
+        f'<rect class="surface" width="{_WIDTH}" height="{_HEIGHT}"/>',
         *body,
         "</svg>",
     ]
@@ -124,7 +145,7 @@ def _losses(allocation: Allocation) -> list[float]:
     found = [allocation.predicted_kl, *(point.predicted_kl for point in allocation.frontier)]
     found += [*_given(allocation.measured_kl), *_given(allocation.budget.max_kl)]
     largest = max(found)
-    return [max(loss, largest * _FLOOR) for loss in found] if largest > 0 else [1.0]
+    return [max(loss, largest * FLOOR) for loss in found] if largest > 0 else [1.0]
 
 
 def _given(value: float | None) -> list[float]:
@@ -156,7 +177,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return known[first : last + 1]
 
 
-def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
+def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], measure: str) -> list[str]:
     lines = []
     for tick in x_ticks:
         at = _place(x(tick))
@@ -175,7 +196,7 @@ def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]
     )
     lines.append(
         f'<text class="axis" x="18" y="{middle}" text-anchor="middle" transform="rotate(-90 18 {middle})">'
-        "KL divergence, nats a token</text>"
+        f"{escape(measure)}</text>"
     )
     return lines
 

@@ -32,7 +32,7 @@ def page(report: Report, record: Mapping[str, Any] | None = None) -> str:
         report: The report.
         record: The artifact's manifest, which also knows the seed; ``None`` where only the report is at hand.
     """
-    template = _environment().get_template("report.html.jinja")
+    template = environment().get_template("report.html.jinja")
     return str(template.render(_context(report, record)))
 
 
@@ -42,7 +42,8 @@ def write(report: Report, directory: Path, record: Mapping[str, Any] | None = No
 
 
 @cache
-def _environment() -> Any:
+def environment() -> Any:
+    """Return the templates' environment: everything is escaped, and what hides or reorders text is spelled out."""
     import jinja2
 
     def shown(value: Any) -> Any:
@@ -59,6 +60,11 @@ def _environment() -> Any:
     )
     made.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return made
+
+
+def styles() -> Markup:
+    """Return the pages' style sheet."""
+    return Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
 
 
 def _context(report: Report, record: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -98,5 +104,5 @@ def _context(report: Report, record: Mapping[str, Any] | None) -> dict[str, Any]
         "fusions": sorted(report.fusions.items()),
         "profile_table": sheet.profile_rows(report.profile.resolved) if report.profile else None,
         "reproduction": reproduction(report, record),
-        "css": Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        "css": styles(),
     }

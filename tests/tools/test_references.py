@@ -9,13 +9,14 @@ from types import ModuleType
 import profile_reference
 import pytest
 import report_reference
+import sweep_reference
 from schema_tables import is_model
 
 from compress.profile import Profile, SchemeOverride, available_profiles
 from compress.report.model import Report, Sample, TensorRecord
 
 
-@pytest.mark.parametrize("tool", [profile_reference, report_reference])
+@pytest.mark.parametrize("tool", [profile_reference, report_reference, sweep_reference])
 def test_a_stale_page_is_seen(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

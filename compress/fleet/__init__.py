@@ -1,0 +1,1 @@
+"""Many models under many profiles: one command, one journal, one comparison (``compress sweep``)."""
