@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from compress.package import manifest
 #: How often Ray begins a task again whose worker or node died.
 MAX_DEATHS = 3
 _WAIT_SECONDS = 1.0
+#: Ray gives a cluster of this machine 30 seconds to start, whatever else the machine has to do.
+_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -218,23 +222,32 @@ def _connect(address: str, max_memory: int | None) -> Any:
         raise UsageError("Ray is not installed", hint="pip install 'compress-slm[ray]'") from None
     # A cluster of this machine alone has nobody to give way to, and its jobs measure speed; Ray's own choice is 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    started = time.monotonic()
     how: dict[str, Any] = {}
     if address == "local":
         how = {"include_dashboard": False, "num_cpus": cores()}
         how |= {} if max_memory is None else {"_memory": max_memory}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **how)
-    except ImportError as error:
-        raise UsageError(
-            f"{address} needs more of Ray: {_first(error)}", hint="pip install 'ray[client]', or give HOST:PORT"
-        ) from None
-    except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and its own
-        raise CompressError(
-            f"no Ray cluster answers: {_first(error)} ({time.monotonic() - started:.0f} s)",
-            where=address,
-            hint="auto, local, HOST:PORT or ray://HOST:PORT; `ray status` shows whether there is one",
-        ) from None
+    terminate = signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    for left in range(_STARTS - 1 if address == "local" else 0, -1, -1):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **how)
+            # Ray has put a handler of its own, and one behind Python's back, in the place of what ends a sweep.
+            if terminate is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminate)
+            break
+        except ImportError as error:
+            raise UsageError(
+                f"{address} needs more of Ray: {_first(error)}", hint="pip install 'ray[client]', or give HOST:PORT"
+            ) from None
+        except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and its own
+            ray.shutdown()
+            if left and "timed out during startup" in str(error):
+                continue
+            raise CompressError(
+                f"no Ray cluster answers: {_first(error)} ({time.monotonic() - started:.0f} s)",
+                where=address,
+                hint="auto, local, HOST:PORT or ray://HOST:PORT; `ray status` shows whether there is one",
+            ) from None
     return ray
 
 
