@@ -179,13 +179,16 @@ def alone(artifact: Path) -> Iterator[None]:
     Raises:
         LockedError: Another run holds it.
     """
+    from compress.validation.in_pieces import PIECE_NAME
+
     where = artifact.absolute()
     given = os.environ.get("TMPDIR")
     place = where.parent if not given else Path(given)
     digest = hashlib.sha256(os.fsencode(where)).hexdigest()[:8]
     root = place / f".{where.name}.validation-{digest}"
     with held_directory(artifact, what="validating it"):
-        _remove(root)  # a killed run's
+        for left in (root, *artifact.glob(f"**/*{PIECE_NAME}"), *artifact.glob("**/.*.partial")):
+            _remove(left)  # a killed run's
         root.mkdir()
         try:
             with temporary.within(root):

@@ -307,6 +307,8 @@ def test_a_damaged_lock_file_is_no_trouble(tmp_path: Path) -> None:
 def test_an_artifact_is_validated_by_one_at_a_time_and_its_litter_goes(tmp_path: Path) -> None:
     artifact = tmp_path / "artifact"
     artifact.mkdir()
+    (artifact / ".piece.onnx").write_text("a killed run's")
+    (artifact / ".report.json.partial").write_text("a killed run's")
     with alone(artifact):
         (temporary.place() / "large").write_text("litter")
         with pytest.raises(LockedError, match="another run is validating it"), alone(artifact):
