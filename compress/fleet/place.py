@@ -67,9 +67,6 @@ class Place:
         if self.store is not None:
             self.store.upload(directory, name)
             shutil.rmtree(directory)
-        # What a killed attempt left beside it: nobody else is at this output.
-        for rest in directory.parent.glob(f".{name}.partial*"):
-            shutil.rmtree(rest, ignore_errors=True)
         return found
 
     def still_there(self, name: str, expected: Outcome) -> bool:
