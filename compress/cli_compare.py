@@ -53,6 +53,8 @@ def compare(a: Path, b: Path, html: Path | None, fail_if_worse: bool, as_json: b
     for item in found.measures:
         if item.judgement == "not comparable":
             click.echo(f"not judged, {item.name}: {item.why}", err=True)
+        elif item.why is not None and "not by position" in item.why:
+            click.echo(f"judged by two standard errors alone, {item.name}: {item.why}", err=True)
     for key in ("drift", "speed"):
         if key in found.not_compared:
             click.echo(f"not judged, {key}: {found.not_compared[key]}", err=True)

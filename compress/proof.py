@@ -25,7 +25,7 @@ from compress.report import model as report
 from compress.report import tensors as tensor_records
 from compress.report.environment import created, environment
 from compress.source.sentence_transformers import Pooling
-from compress.validation import on_provider, text
+from compress.validation import losses, on_provider, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
 from compress.validation.memory import check_memory
 from compress.validation.protocol import CheckpointSpec
@@ -112,7 +112,7 @@ def prove(
             artifact_bytes=result.artifact_bytes,
             ratio=source_bytes / result.artifact_bytes,
         ),
-        drift=result.drift,
+        drift=_kept(result, directory),
         speed=result.speed,
         placement=result.placement,
         providers=result.providers,
@@ -126,6 +126,14 @@ def prove(
     )
     report_json.write(made, directory / report_json.NAME)
     return made.model_dump(mode="json")
+
+
+def _kept(result: Validation, directory: Path) -> report.AnyDrift | None:
+    """Return the drift, with a decoder's losses by position in a file of their own; one of an older run goes."""
+    if result.losses is None or not isinstance(result.drift, report.DecoderDrift):
+        (directory / losses.NAME).unlink(missing_ok=True)
+        return result.drift
+    return result.drift.model_copy(update={"positions": result.losses.write(directory)})
 
 
 def _calibration(
