@@ -1,7 +1,7 @@
 """Losses of candidates on a pool of windows: what the trials of benchmark_gate.py are drawn from.
 
-A candidate is an exported graph with some change. It runs once over the pool, in the worker of `compress validate`, a few
-windows at a time; what is kept of each window is small: losses a position, how often the best token is the source's.
+A candidate is an exported graph with some change. It runs once over the pool, in the worker of `compress validate`, a
+few windows at a time; what is kept of a window is small: losses by position, how often the best token is the source's.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ class Taken:
 class Pool:
     """The windows of a text, and the source's logits for them on the disk: 4 bytes a token and a word."""
 
-    def __init__(self, artifact: Path, checkpoint: Path, eval_text: Path, *, windows: int, length: int, work: Path):
+    def __init__(
+        self, artifact: Path, checkpoint: Path, eval_text: Path, *, windows: int, length: int, work: Path
+    ) -> None:
         self.artifact, self._work, self.plan = open_artifact(artifact), work, PLAN
+        self.scratch = work / "candidate"
         chosen = text.from_file(eval_text, windows * length)
         self.windows = text.windows(
             chosen, artifact, length=length, tokens=windows * length, vocab_size=self.artifact.vocab_size

@@ -1,4 +1,4 @@
-"""Bugs to plant into a quantized decoder's graph: what an exporter could get wrong, each a change of an ``onnx_ir`` model.
+"""Bugs to plant into a quantized decoder's graph: what an exporter could get wrong, as changes of an ``onnx_ir`` model.
 
 Bugs of :data:`WEIGHTS` and :data:`GRAPH` change what prefill computes, those of :data:`CACHE` only what decoding does.
 Names are those of this project's decoders: fused qkv and gate_up, GroupQueryAttention, a tied table.

@@ -60,8 +60,8 @@ class SideSummary(_Strict):
 class Side(SideSummary):
     """All that is compared of a side: beside the summary its profile, seed, digests, tensors and report.
 
-    ``tensors`` are the report's, with errors; ``graph_tensors`` what the graph says, without. ``losses`` are a decoder's
-    by position, or else ``no_losses`` says why there are none.
+    ``tensors`` are the report's, with errors; ``graph_tensors`` what the graph says, without. ``losses`` are a
+    decoder's by position, or else ``no_losses`` says why there are none.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

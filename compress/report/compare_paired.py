@@ -1,14 +1,14 @@
 """Whether B predicts a text worse than A, judged on their differences position by position.
 
-Requires the losses of both on the same token ids; a position's difference ``d`` is B's loss minus A's, in nats. Its mean is
+Requires the losses of both on the same token ids; a position's difference is B's loss minus A's, in nats. Its mean is
 the KL divergence that B lost more, or the logarithm of the two perplexities' ratio.
 
-- Neighbouring positions depend on each other, so the sample is runs of :data:`RUN` consecutive positions of a window. The
-  standard error of the mean is the clustered one (Liang and Zeger, 1986): residuals are summed over each run, squared and
-  summed, times G / (G - 1) for G runs.
-- B is worse where the mean exceeds :data:`NEGLIGIBLE` by more than ``t`` standard errors, ``t`` Student's quantile of G - 1
-  degrees of freedom at :data:`ALPHA`: a one-sided test of "at most negligibly worse". Without that allowance, on enough
-  text, another kernel's rounding would be a regression.
+- Neighbouring positions depend on each other, so the sample is runs of :data:`RUN` consecutive positions of a window.
+  The standard error of the mean is the clustered one (Liang and Zeger, 1986): residuals are summed over each run,
+  squared and summed, times G / (G - 1) for G runs.
+- B is worse where the mean exceeds :data:`NEGLIGIBLE` by more than ``t`` standard errors, ``t`` Student's quantile of
+  G - 1 degrees of freedom at :data:`ALPHA`: a one-sided test of "at most negligibly worse". Without that allowance, on
+  enough text, another kernel's rounding would be a regression.
 - What is judged with errors of measurement in a comparison (KL, perplexity, the decoding rate) shares
   :data:`FALSE_ALARMS` evenly (Bonferroni), so that together they rarely fail a B that is as good as A.
 """
