@@ -108,11 +108,11 @@ class Pool:
             top1=np.array([item.top1_agreement for item in found]),
         )
 
-    def kept(self, name: str, make: Callable[[], Artifact]) -> Taken:
-        """Return what was measured of a candidate by this name before, or make it and measure it."""
+    def kept(self, name: str, make: Callable[[], Artifact], **how: int) -> Taken:
+        """Return what was measured of a candidate by this name before, or make it and :meth:`take` it."""
         path = self._work / f"taken-{name}-{digest(self.windows)[:8]}.npz"
         if not path.is_file():
-            taken = self.take(make())
+            taken = self.take(make(), **how)
             with path.with_suffix(".partial").open("wb") as stream:
                 np.savez(stream, **vars(taken))
             path.with_suffix(".partial").rename(path)
