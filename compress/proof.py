@@ -27,6 +27,7 @@ from compress.report.environment import created, environment
 from compress.source.sentence_transformers import Pooling
 from compress.validation import losses, on_provider, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
+from compress.validation.gate import misstored
 from compress.validation.memory import check_memory
 from compress.validation.protocol import CheckpointSpec
 from compress.validation.run import Validation, run_validation
@@ -99,7 +100,7 @@ def prove(
     )
     made = report.Report(
         created=created(),
-        verdict=result.verdict,
+        verdict=_verdict(result, tensors),
         source=report.Source(
             identifier=checkpoint.identifier,
             kind=checkpoint.kind,
@@ -126,6 +127,12 @@ def prove(
     )
     report_json.write(made, directory / report_json.NAME)
     return made.model_dump(mode="json")
+
+
+def _verdict(result: Validation, tensors: Sequence[report.TensorRecord]) -> report.Verdict:
+    """Return the verdict of what was measured, and of how weights are stored."""
+    reasons = (*result.verdict.reasons, *misstored({item.name: item.relative_error for item in tensors}))
+    return report.Verdict(status="fail" if reasons else "pass", reasons=reasons)
 
 
 def _kept(result: Validation, directory: Path) -> report.AnyDrift | None:
