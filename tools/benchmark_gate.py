@@ -101,8 +101,8 @@ def scaled(taken: Taken, base: Taken, share: float) -> Taken:
     """
 
     def moved(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        by = (1 - share) * (one.mean(dtype=np.float64) - other.mean(dtype=np.float64))
-        return (one - by).astype(one.dtype)
+        by: float = (1 - share) * (one.mean(dtype=np.float64) - other.mean(dtype=np.float64))
+        return np.asarray(one - by, one.dtype)
 
     return replace(
         taken,

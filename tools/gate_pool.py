@@ -21,6 +21,7 @@ from compress.validation.artifact import Artifact, open_artifact
 from compress.validation.logits import LogitsFile, check_disk
 from compress.validation.losses import Losses, digest
 from compress.validation.on_provider import run_artifact
+from compress.validation.protocol import run_worker
 from compress.validation.speed import SpeedPlan
 
 AT_ONCE = 16
@@ -84,7 +85,7 @@ class Pool:
             "threads": self.plan.threads,
             "jobs": [job],
         }
-        run.run_worker("reference", request, timeout=self.plan.timeout)
+        run_worker("reference", request, timeout=self.plan.timeout)
         beside.rename(place)
 
     def take(self, artifact: Artifact, *, threads: int | None = None, chunks: int | None = None) -> Taken:

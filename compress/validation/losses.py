@@ -23,7 +23,6 @@ from compress.report.model import Positions
 NAME = "drift.npz"
 #: Positions of the largest file that is written or read: 32 MiB of losses.
 MAX_POSITIONS = 1 << 22
-_ARRAYS = ("nll", "kl")
 _HEADER_BYTES = 4096
 
 
@@ -83,10 +82,11 @@ def read(path: Path, record: Positions, *, windows: int, tokens: int) -> Losses:
         raise _damaged(path, "it is not the one that the report tells of")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            arrays = [_array(archive, name, (windows, tokens // windows), path) for name in _ARRAYS]
+            shape = (windows, tokens // windows)
+            nll, kl = _array(archive, "nll", shape, path), _array(archive, "kl", shape, path)
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise _damaged(path, str(error)) from None
-    return Losses(*arrays, windows_sha256=record.windows_sha256)
+    return Losses(nll, kl, record.windows_sha256)
 
 
 def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, int], path: Path) -> npt.NDArray[np.float32]:
