@@ -28,8 +28,10 @@ def compare(a: Path, b: Path, html: Path | None, fail_if_worse: bool, as_json: b
     Shows what differs in identity, size, drift, speed, bits and files. Where the evaluation text, the machine, the
     threads or the provider differ, both values are shown and the reason why they say nothing of each other.
 
-    B is worse where it exceeds A by more than twice the standard error of the difference; where the spreads of two
-    rates do not touch; by any growth in size; or where A passed its budget and B did not.
+    B is worse where it loses more than A beyond a tenth of a percent of perplexity and chance, judged position by
+    position where both have their drift.npz; else where it exceeds A by more than twice the standard error of the
+    difference; where rates differ by more than noise does and their spreads do not touch; by any growth in size; or
+    where A passed its budget and B did not.
     """
     from compress.comparison import read_side
     from compress.package.staging import write_file
@@ -53,6 +55,8 @@ def compare(a: Path, b: Path, html: Path | None, fail_if_worse: bool, as_json: b
     for item in found.measures:
         if item.judgement == "not comparable":
             click.echo(f"not judged, {item.name}: {item.why}", err=True)
+        elif item.why is not None and "not by position" in item.why:
+            click.echo(f"judged by two standard errors alone, {item.name}: {item.why}", err=True)
     for key in ("drift", "speed"):
         if key in found.not_compared:
             click.echo(f"not judged, {key}: {found.not_compared[key]}", err=True)

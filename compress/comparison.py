@@ -12,7 +12,8 @@ from compress.errors import CompressError
 from compress.inspection import inspect_document, source_files
 from compress.report import json as report_json
 from compress.report.compare_model import Side, StoredFile, StoredTensor
-from compress.report.model import Report
+from compress.report.model import DecoderDrift, Report
+from compress.validation import losses
 from compress.validation.artifact import model_bytes
 
 
@@ -45,7 +46,21 @@ def _report_alone(path: Path) -> Side:
         versions=report.environment.versions,
         tensors=_of_report(report),
         **_of_source(report),
+        **_losses(report, path.parent),
     )
+
+
+def _losses(report: Report, directory: Path) -> dict[str, Any]:
+    """Return a decoder's losses by position, from the file beside its report, or why there are none."""
+    drift = report.drift
+    if not isinstance(drift, DecoderDrift):
+        return {}
+    if drift.positions is None:
+        return {"no_losses": "its report names none"}
+    path = directory / losses.NAME
+    if not path.is_file() or path.is_symlink():
+        return {"no_losses": f"{losses.NAME} is not beside its report"}
+    return {"losses": losses.read(path, drift.positions, windows=drift.windows, tokens=drift.tokens)}
 
 
 def _artifact(path: Path) -> Side:
@@ -57,7 +72,7 @@ def _artifact(path: Path) -> Side:
     assert graph is not None, "inspecting refuses a directory without graph and report"
     source: Mapping[str, Any] = document["source"] or {}
     profile: Mapping[str, Any] = document["profile"] or {}
-    known = _of_source(report) if report is not None else {}
+    known = {**_of_source(report), **_losses(report, path)} if report is not None else {}
     if source:
         adapter = source.get("adapter")
         known |= {

@@ -26,8 +26,9 @@ from compress.report import model as report
 from compress.report import tensors as tensor_records
 from compress.report.environment import created, environment
 from compress.source.sentence_transformers import Pooling
-from compress.validation import on_provider, room, text
+from compress.validation import losses, on_provider, room, text
 from compress.validation.artifact import DECODING, Artifact, open_artifact
+from compress.validation.gate import misstored
 from compress.validation.memory import check_memory
 from compress.validation.protocol import CheckpointSpec
 from compress.validation.run import Validation, run_validation
@@ -105,7 +106,7 @@ def prove(
     )
     made = report.Report(
         created=created(),
-        verdict=result.verdict,
+        verdict=_verdict(result, tensors),
         source=report.Source(
             identifier=checkpoint.identifier,
             kind=checkpoint.kind,
@@ -118,7 +119,7 @@ def prove(
             artifact_bytes=result.artifact_bytes,
             ratio=source_bytes / result.artifact_bytes,
         ),
-        drift=result.drift,
+        drift=_kept(result, directory),
         speed=result.speed,
         placement=result.placement,
         providers=result.providers,
@@ -132,6 +133,20 @@ def prove(
     )
     report_json.write(made, directory / report_json.NAME)
     return made.model_dump(mode="json")
+
+
+def _verdict(result: Validation, tensors: Sequence[report.TensorRecord]) -> report.Verdict:
+    """Return the verdict of what was measured, and of how weights are stored."""
+    reasons = (*result.verdict.reasons, *misstored({item.name: item.relative_error for item in tensors}))
+    return report.Verdict(status="fail" if reasons else "pass", reasons=reasons)
+
+
+def _kept(result: Validation, directory: Path) -> report.AnyDrift | None:
+    """Return the drift, with a decoder's losses by position in a file of their own; one of an older run goes."""
+    if result.losses is None or not isinstance(result.drift, report.DecoderDrift):
+        (directory / losses.NAME).unlink(missing_ok=True)
+        return result.drift
+    return result.drift.model_copy(update={"positions": result.losses.write(directory)})
 
 
 def _calibration(

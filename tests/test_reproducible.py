@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_only_measured_files_differ_between_two_validated_exports(
     manifests = [json.loads(files[NAME]) for files in (first, second)]
     assert "report.json" in manifests[0]["measured_files"]
     assert first.keys() == second.keys()
+    # One machine, one number of threads: the losses that comparisons pair are the same to the bit.
+    positions = json.loads(first["report.json"])["drift"]["positions"]
+    assert positions["sha256"] == hashlib.sha256(first[positions["file"]]).hexdigest()
+    assert positions["file"] in manifests[0]["measured_files"] and first["drift.npz"] == second["drift.npz"]
     differing = {name for name in first if first[name] != second[name]}
     assert differing <= {NAME, *manifests[0]["measured_files"]}
     assert without_measured(manifests[0]) == without_measured(manifests[1])

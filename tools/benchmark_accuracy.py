@@ -186,7 +186,7 @@ def evaluate(
         print(f"measuring: {made.tool} {made.name}", file=sys.stderr)
         try:
             with with_head_size(open_artifact(made.directory)) as artifact:
-                drift, _ = measure_drift(artifact, "cpu", reference, plan, scratch, silent)
+                drift, _, _ = measure_drift(artifact, "cpu", reference, plan, scratch, silent)
         except CompressError as error:
             rows.append(Missing(made.name, " ".join(error.render().split())))
             continue

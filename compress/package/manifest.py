@@ -22,7 +22,7 @@ NAME = "manifest.json"
 MAX_BYTES = 64 << 20
 #: A signature covers the manifest, so the manifest cannot hold its digest.
 SIGNATURE_NAME = "model.sig"
-MEASURED_NAMES = frozenset({"README.md", "report.html", "report.json"})
+MEASURED_NAMES = frozenset({"README.md", "drift.npz", "report.html", "report.json"})
 #: Packages whose version can change the bytes or the numbers.
 TOOLS = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "safetensors", "tokenizers", "torch", "transformers")
 _SHAPE: Mapping[str, type] = {"files": list, "profile": dict, "seed": int, "source": dict, "status": str, "tools": dict}

@@ -19,7 +19,7 @@ from compress.package.onnx_check import GRAPH_SUFFIX, check_graphs
 from compress.package.tree import Tree, name_fault, scan, sha256
 from compress.report import json as report_json
 from compress.report.model import SCHEMA_VERSION as REPORT_VERSION
-from compress.report.model import Report
+from compress.report.model import DecoderDrift, Report
 from compress.source.files import MAX_INDEX_BYTES, read_json_object
 
 GENAI_NAME = "genai_config.json"
@@ -221,6 +221,10 @@ def _check_report(artifact: Path, manifest: Manifest, tree: Tree, result: Verifi
         result.add("report", report_json.NAME, f"the verdict is pass, but {failed[0]}'s is fail")
     if report.source is not None and report.source.identifier != manifest.source.id:
         result.add("report", report_json.NAME, f"it is about {report.source.identifier!r}, not {manifest.source.id!r}")
+    positions = report.drift.positions if isinstance(report.drift, DecoderDrift) else None
+    listed = {item.name: item.sha256 for item in manifest.files}
+    if positions is not None and listed.get(positions.file) != positions.sha256:
+        result.add("report", report_json.NAME, f"the {positions.file} that it tells of is another one, or not here")
     if report.profile is not None and report.profile.name != manifest.profile.get("name"):
         result.add("report", report_json.NAME, f"it is about the profile {report.profile.name!r}")
 

@@ -3,7 +3,8 @@
 Requires two :class:`Side`; ensures that no ratio stands where the evaluation text, the machine, the threads or the
 provider differ: such a measure keeps both values and says why in words. What is judged, and by how much:
 
-- with standard errors (KL, perplexity, cosine, agreements, accuracy): worse beyond twice the two errors' root sum of
+- KL and perplexity of decoders whose losses by position are there: by the differences (:mod:`.compare_paired`);
+- else with standard errors (those two, cosine, agreements, accuracy): worse beyond twice the two errors' root sum of
   squares. Both sides are measured on the same text, so their errors are correlated and this asks for more than needed;
 - rates and latencies have a spread instead: worse where the two spreads do not touch (p10..p90, p50..p95);
 - size is exact: any growth is worse;
@@ -50,7 +51,8 @@ def _worse(a: Report | None, b: Report | None, found: Sequence[Measure]) -> Iter
         yield f"verdict: A passed, B failed ({'; '.join(b.verdict.reasons)})"
     for item in found:
         if item.judgement == "worse":
-            yield f"{item.name}: {item.shown_a} in A, {item.shown_b} in B"
+            change = "" if item.paired is None else f", by position {item.shown_paired}"
+            yield f"{item.name}: {item.shown_a} in A, {item.shown_b} in B{change}"
 
 
 def _not_compared(a: Side, b: Side) -> dict[str, str]:

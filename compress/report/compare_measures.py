@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from compress.report import compare_paired
 from compress.report.compare_model import Judgement, Measure, Side
 from compress.report.model import (
     AnyDrift,
@@ -27,7 +28,7 @@ _Better = Literal["lower", "higher"]
 
 def measures(a: Side, b: Side) -> tuple[Measure, ...]:
     """Return size, drift and speed of both sides."""
-    return (_size(a, b), *_drift(a.report, b.report), *_speed(a.report, b.report))
+    return (_size(a, b), *_drift(a, b), *_speed(a.report, b.report))
 
 
 def _judge(a: float, b: float, margin: float, better: _Better) -> Judgement:
@@ -81,14 +82,16 @@ def _size(a: Side, b: Side) -> Measure:
     return made
 
 
-def _drift(one: Report | None, other: Report | None) -> Iterator[Measure]:
+def _drift(left: Side, right: Side) -> Iterator[Measure]:
+    one, other = left.report, right.report
     a, b = (None if side is None else side.drift for side in (one, other))
     if a is None or b is None:
         return
     assert one is not None and other is not None
     apart = _drift_apart(one, other, a, b)
     if isinstance(a, DecoderDrift) and isinstance(b, DecoderDrift):
-        yield from _decoder_drift(a, b, apart)
+        for item in _decoder_drift(a, b, apart):
+            yield _by_position(item, left, right)
     elif isinstance(a, EncoderDrift) and isinstance(b, EncoderDrift):
         yield from _encoder_drift(a, b, apart)
 
@@ -141,6 +144,31 @@ def _decoder_drift(a: DecoderDrift, b: DecoderDrift, apart: str | None) -> Itera
         better="lower",
         apart=apart,
     )
+
+
+def _by_position(item: Measure, a: Side, b: Side) -> Measure:
+    """Return a measure that both sides have position by position judged by that; or say why it is not."""
+    which = {"KL divergence": "kl", "perplexity ratio": "nll"}.get(item.name)
+    if which is None or item.judgement == "not comparable":
+        return item
+    found, why = None, _unpaired(a, b)
+    if a.losses is not None and b.losses is not None and why is None:
+        found = compare_paired.paired(getattr(a.losses, which), getattr(b.losses, which))
+        why = None if found is not None else "too few positions"
+    if found is None:
+        return item.model_copy(
+            update={"why": f"{item.why}; not by position: {why}" if item.why else f"not by position: {why}"}
+        )
+    return item.model_copy(update={"judgement": compare_paired.judge(found), "paired": found, "why": None})
+
+
+def _unpaired(a: Side, b: Side) -> str | None:
+    """Return why two sides' losses cannot be compared position by position."""
+    if a.losses is None or b.losses is None:
+        return "; ".join(f"{name}: {side.no_losses}" for name, side in (("A", a), ("B", b)) if side.losses is None)
+    if a.losses.windows_sha256 != b.losses.windows_sha256 or a.losses.nll.shape != b.losses.nll.shape:
+        return "the text was cut into other tokens"
+    return None
 
 
 def _encoder_drift(a: EncoderDrift, b: EncoderDrift, apart: str | None) -> Iterator[Measure]:

@@ -5,12 +5,14 @@ Times are seconds, sizes bytes, divergences nats, shares 0..1, as in the report.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.report.model import Report, Verdict
 from compress.sizes import format_size
+from compress.validation.losses import Losses
 
 Judgement = Literal["better", "worse", "same", "within the errors", "not judged", "not comparable"]
 
@@ -58,8 +60,11 @@ class SideSummary(_Strict):
 class Side(SideSummary):
     """All that is compared of a side: beside the summary its profile, seed, digests, tensors and report.
 
-    ``tensors`` are the report's, with errors; ``graph_tensors`` what the graph says, without.
+    ``tensors`` are the report's, with errors; ``graph_tensors`` what the graph says, without. ``losses`` are a
+    decoder's by position, or else ``no_losses`` says why there are none.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     seed: int | None = None
     resolved: dict[str, Any] = Field(default_factory=dict)
@@ -68,6 +73,8 @@ class Side(SideSummary):
     tensors: tuple[StoredTensor, ...] = ()
     graph_tensors: tuple[StoredTensor, ...] = ()
     report: Report | None = None
+    losses: Losses | None = None
+    no_losses: str | None = None
 
     def summary(self) -> SideSummary:
         """Return who it is, without what it holds."""
@@ -82,11 +89,24 @@ class Difference(_Strict):
     b: str | None
 
 
+class Paired(_Strict):
+    """B's losses minus A's, position by position: the mean with its standard error, in nats a token.
+
+    ``runs`` of consecutive positions are the sample; B is worse beyond ``threshold``, better beyond its negative.
+    """
+
+    change: float
+    standard_error: float
+    runs: int
+    threshold: float
+
+
 class Measure(_Strict):
     """A measured value of both sides.
 
     ``a_error`` and ``b_error`` are standard errors. ``change`` is B minus A and ``ratio`` B over A, ``None`` where they
-    cannot be compared; ``why`` then says the reason, as it does where nothing is judged.
+    cannot be compared; ``why`` then says the reason, as it does where nothing is judged, or not by ``paired``: losses
+    position by position, which for perplexity are the logarithm of ``ratio``.
     """
 
     name: str
@@ -100,6 +120,17 @@ class Measure(_Strict):
     ratio: float | None = None
     judgement: Judgement
     why: str | None = None
+    paired: Paired | None = None
+
+    @property
+    def shown_paired(self) -> str | None:
+        """The change by position with its standard error; perplexity in percent."""
+        if self.paired is None:
+            return None
+        change, error = self.paired.change, self.paired.standard_error
+        if self.unit:
+            return f"{change:+.4f} ± {error:.4f}"
+        return f"{math.expm1(change):+.2%} ± {math.exp(change) * error:.2%}"
 
     @property
     def shown_a(self) -> str:

@@ -83,6 +83,8 @@ def _measured(item: Measure) -> tuple[str, str, str, str, str]:
     change = "" if item.ratio is None else f"{item.ratio:.3f}x"
     if item.change is not None and item.unit not in ("bytes", "tokens/s", "ms", "s"):
         change = f"{item.change:+.2%}" if item.unit == "share" else f"{item.change:+.4f}"
+    if item.paired is not None:
+        change = item.shown_paired or ""
     judged = item.judgement if item.why is None else f"{item.judgement}: {item.why}"
     return f"{item.name}{unit}", item.shown_a, item.shown_b, change, judged
 

@@ -100,6 +100,17 @@ class DecodeConsistency(_Strict):
     self_kl_max: float
 
 
+class Positions(_Strict):
+    """The file beside the report that holds a decoder's losses position by position: what ``compress compare`` pairs.
+
+    ``sha256`` is the file's, ``windows_sha256`` that of the token ids of the text: only the same ids can be paired.
+    """
+
+    file: Literal["drift.npz"] = "drift.npz"
+    sha256: str
+    windows_sha256: str
+
+
 class DecoderDrift(_Strict):
     """What a decoder lost on a text, on the provider it names."""
 
@@ -117,6 +128,7 @@ class DecoderDrift(_Strict):
     logit_max_abs: float
     decode: DecodeConsistency | None = None
     distribution: Histogram | None = None
+    positions: Positions | None = None
 
 
 class Cosine(_Strict):

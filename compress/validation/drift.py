@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from compress.errors import CompressError
 from compress.validation import histogram
 from compress.validation.logits import Rows
+from compress.validation.losses import Losses, digest
 
 FloatArray = npt.NDArray[np.float64]
 CHUNK_ELEMENTS = 1 << 21
@@ -47,6 +48,7 @@ class Drift:
         confident_flips: How many of those have another best token in the artifact.
         max_abs_difference: Largest absolute difference of two logits.
         kl_counts: Positions by their KL divergence, in the bins of ``histogram.KL_EDGES``.
+        losses: The artifact's, position by position.
     """
 
     tokens: int
@@ -62,6 +64,7 @@ class Drift:
     confident_flips: int
     max_abs_difference: float
     kl_counts: tuple[int, ...]
+    losses: Losses = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def measure(reference: Rows, artifact: Rows, windows: npt.NDArray[np.int64]) -> 
     vocab = _check_shapes(reference, artifact, windows.size)
     if count < 1 or length < 2:
         raise CompressError(f"drift needs windows of at least 2 tokens, not {count} of {length}")
-    kl, difference = np.zeros((count, length - 1)), np.zeros((count, length - 1))
+    kl, nll, difference = (np.zeros((count, length - 1)) for _ in range(3))
     nll_sum = 0.0
     same = confident = flips = 0
     largest = 0.0
@@ -119,6 +122,7 @@ def measure(reference: Rows, artifact: Rows, windows: npt.NDArray[np.int64]) -> 
         index = np.arange(stop - start)
         following = windows[window, start + 1 : stop + 1]
         nll_sum -= float(log_p[index, following].sum())
+        nll[window, start:stop] = -log_q[index, following]
         difference[window, start:stop] = log_p[index, following] - log_q[index, following]
         best = log_p.argmax(axis=1)
         agrees = best == log_q.argmax(axis=1)
@@ -143,6 +147,7 @@ def measure(reference: Rows, artifact: Rows, windows: npt.NDArray[np.int64]) -> 
         confident_flips=flips,
         max_abs_difference=largest,
         kl_counts=histogram.counted(kl, histogram.KL_EDGES),
+        losses=Losses(nll.astype(np.float32), kl.astype(np.float32), digest(windows)),
     )
 
 

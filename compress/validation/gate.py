@@ -49,6 +49,11 @@ TASKS_OF: Mapping[str, frozenset[str]] = {
 # 1e-15 on tiny float32 models. A mixed-up cache is off by 0.35 or more (tests/validation/test_planted_bugs.py).
 MAX_DECODE_SELF_KL = 0.05
 
+# The most that a stored weight may be off, as a share of its norm. Rounding to 4 bits costs 0.1 (docs/reliability.md);
+# a weight in another order, without its scales or left out is off by 1 or more, and where it is one of many, a budget
+# on the whole model can be too wide to see it.
+MAX_STORED_ERROR = 0.7
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -107,6 +112,19 @@ def judge(
                 f"at most {MAX_DECODE_SELF_KL:g} is rounding"
             )
     return Judgement("fail" if reasons else "pass", tuple(reasons))
+
+
+def misstored(errors: Mapping[str, float | None]) -> list[str]:
+    """Return a reason for each weight that is stored further than :data:`MAX_STORED_ERROR` from what it was.
+
+    Args:
+        errors: Relative errors by the weight's name; ``None`` was not measured.
+    """
+    return [
+        f"the weight {name} is stored {error:.0%} off, rounding costs at most {MAX_STORED_ERROR:.0%}"
+        for name, error in errors.items()
+        if error is not None and not error <= MAX_STORED_ERROR
+    ]
 
 
 def concerns(budget: str, reason: str) -> bool:

@@ -37,6 +37,7 @@ from compress.validation.artifact import DECODING, Artifact, open_artifact
 from compress.validation.gate import judge
 from compress.validation.histogram import KL_EDGES
 from compress.validation.logits import LogitsFile, check_disk
+from compress.validation.losses import Losses
 from compress.validation.on_provider import REFERENCE, Terms, run_artifact
 from compress.validation.protocol import CheckpointSpec as CheckpointSpec
 from compress.validation.protocol import Json, run_worker
@@ -51,7 +52,7 @@ DECODE_STEPS = 16
 
 @dataclass(frozen=True)
 class Validation:
-    """The parts of a report that validation fills in; ``drift`` and ``samples`` are the first provider's."""
+    """The parts of a report that validation fills in; ``drift``, ``losses``, ``samples`` are the first provider's."""
 
     verdict: Verdict
     drift: AnyDrift | None
@@ -61,6 +62,7 @@ class Validation:
     artifact_bytes: int
     providers: tuple[ProviderVerdict, ...] = ()
     samples: tuple[Sample, ...] = ()
+    losses: Losses | None = None
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Measured:
     missing: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     drift: AnyDrift | None = None
+    losses: Losses | None = None
     placement: Placement | None = None
     speed: AnySpeed | None = None
     drift_from_cpu: AnyDrift | None = None
@@ -203,6 +206,7 @@ def run_validation(
         stages=tuple(stages),
         artifact_bytes=opened.bytes,
         samples=sampling.samples,
+        losses=next((measured.losses for measured in results.values() if measured.drift), None),
     )
 
 
@@ -271,8 +275,8 @@ def measure_drift(
     work: Path,
     progress: Progress,
     sampling: Sampling | None = None,
-) -> tuple[DecoderDrift, Json]:
-    """Run an artifact on the reference's windows, at once and through the cache; return drift and the response.
+) -> tuple[DecoderDrift, Losses, Json]:
+    """Run an artifact on the reference's windows, at once and through the cache; return drift, losses and the response.
 
     It writes its samples in the same session.
 
@@ -301,7 +305,7 @@ def measure_drift(
     through_cache = drift.measure_decode(
         LogitsFile(reference.logits, rows), LogitsFile(output, rows), LogitsFile(decoded), steps
     )
-    return _report_drift(provider, reference, measured, through_cache), response
+    return _report_drift(provider, reference, measured, through_cache), measured.losses, response
 
 
 def measure_graph(
@@ -327,7 +331,9 @@ def measure_graph(
                 artifact, provider, [], plan.threads, plan.timeout, lambda fraction: progress("placement", fraction)
             )
         else:
-            measured.drift, response = measure_drift(artifact, provider, reference, plan, work, progress, sampling)
+            measured.drift, measured.losses, response = measure_drift(
+                artifact, provider, reference, plan, work, progress, sampling
+            )
     except UsageError:
         raise
     except CompressError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -18,6 +19,7 @@ from compress.package.manifest import NAME, list_files, measured
 from compress.package.onnx_check import check_graph
 from compress.package.tree import name_fault, scan
 from compress.package.verify import KINDS, verify
+from compress.validation.losses import Losses
 
 REPORT = {
     "schema_version": 2,
@@ -27,6 +29,20 @@ REPORT = {
         "versions": {}, "cpu": "c", "cores": 1, "instruction_sets": [], "os": "o", "architecture": "a",
     },
 }  # fmt: skip
+DRIFT = {
+    "provider": "cpu",
+    "tokens": 2044,
+    "windows": 4,
+    "eval_text": {"name": "evaluation", "sha256": "0" * 64},
+    "reference": "PyTorch float32 of BF16 weights",
+    "reference_perplexity": 13.3,
+    "perplexity_ratio": {"value": 1.3, "standard_error": 0.01},
+    "kl_divergence": {"mean": 0.4, "standard_error": 0.03, "p99": 2.5},
+    "top1_agreement": 0.664,
+    "confident_tokens": 900,
+    "confident_flips": 31,
+    "logit_max_abs": 9.5,
+}
 
 
 @pytest.fixture
@@ -237,9 +253,22 @@ def test_a_tampering_is_told_by_its_kind(name: str, artifact: Path) -> None:
     assert kinds(artifact) == expected
 
 
+def with_losses(artifact: Path, *, change: str = "") -> None:
+    """Give the report a drift and the file of its losses; ``change`` what it says of the file's digest."""
+    record = Losses(np.ones((4, 511), np.float32), np.ones((4, 511), np.float32), "0" * 64).write(artifact)
+    assert record is not None
+    positions = record.model_dump() | ({"sha256": change} if change else {})
+    drift = {**DRIFT, "positions": positions}
+    (artifact / "report.json").write_text(json.dumps({**REPORT, "drift": drift}))
+    edit(artifact, status="rejected")
+
+
 @pytest.mark.parametrize(
     ("tamper", "expected"),
     [
+        (with_losses, set()),
+        (lambda a: with_losses(a, change="1" * 64), {"report"}),
+        (lambda a: (with_losses(a), (a / "drift.npz").unlink(), edit(a)), {"report"}),
         (relabelled_report, {"status"}),
         (lambda a: edit(a, status="accepted"), {"status"}),
         (lambda a: edit(a, status="built"), {"status"}),
@@ -247,7 +276,17 @@ def test_a_tampering_is_told_by_its_kind(name: str, artifact: Path) -> None:
         (damaged_report, {"report"}),
         (lambda a: (a / "report.json").write_text(json.dumps(REPORT | {"schema_version": 1})) and edit(a), set()),
     ],
-    ids=["pass made of fail", "accepted", "built", "newer report", "unknown key", "older report"],
+    ids=[
+        "losses",
+        "other losses",
+        "losses gone",
+        "pass made of fail",
+        "accepted",
+        "built",
+        "newer report",
+        "unknown key",
+        "older report",
+    ],
 )
 def test_the_report_and_the_status_agree(tamper: Callable[[Path], object], expected: set[str], rejected: Path) -> None:
     tamper(rejected)

@@ -8,7 +8,7 @@ import pytest
 
 from compress.errors import UsageError
 from compress.profile import Budget
-from compress.validation.gate import BUDGETS, MAX_DECODE_SELF_KL, TASKS_OF, judge
+from compress.validation.gate import BUDGETS, MAX_DECODE_SELF_KL, MAX_STORED_ERROR, TASKS_OF, judge, misstored
 
 GOOD = {
     "kl": 0.1,
@@ -132,3 +132,11 @@ def test_an_unknown_budget_is_a_usage_error() -> None:
 def test_sizes_have_units(size: float, shown: str) -> None:
     (reason,) = judge({"max_bytes": 88e6}, {"bytes": size}).reasons
     assert reason == f"bytes is {shown}, the budget asks for at most 88.00 MB"
+
+
+def test_a_weight_that_is_not_what_it_was() -> None:
+    kept = {"a": 0.11, "b": None, "c": MAX_STORED_ERROR}
+    assert misstored(kept) == []
+    (reason,) = misstored({**kept, "layers.3.o": 1.41})
+    assert reason == "the weight layers.3.o is stored 141% off, rounding costs at most 70%"
+    assert len(misstored({"a": float("nan")})) == 1

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+import planted_bugs
 import pytest
+from planted_bugs import change
 
 from compress.validation import run, text
 from compress.validation.artifact import open_artifact
@@ -133,108 +134,14 @@ def mutated(good: Fixture, directory: Path, mutate: Callable[[ir.Model], None]) 
     return directory
 
 
-def change(model: ir.Model, ending: str, edit: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
-    """Edit the initializers whose name ends so; each must become another array of the same shape and type."""
-    found = [value for name, value in model.graph.initializers.items() if name.endswith(ending)]
-    assert found
-    for value in found:
-        assert value.const_value is not None
-        before = value.const_value.numpy().copy()
-        after = edit(before.copy())
-        assert after.shape == before.shape and after.dtype == before.dtype and (after != before).any()
-        value.const_value = ir.tensor(after, name=value.name)
-
-
-def nibble_order(model: ir.Model) -> None:
-    """Low and high four bits of one matrix change places."""
-    change(model, "layers.0.mlp.gate_up_proj.codes", lambda codes: (codes >> 4) | (codes << 4))
-
-
-def zero_point(model: ir.Model) -> None:
-    """Zero points of the down projections are one too low: the old GPTQ convention."""
-
-    def lower(packed: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        low, high = (packed & 15) - np.uint8(1), (packed >> 4) - np.uint8(1)
-        return (low & 15) | ((high & 15) << 4)
-
-    change(model, "down_proj.zero_points", lower)
-
-
-def scale_block(model: ir.Model) -> None:
-    """Scales of one matrix belong to the row before."""
-    change(model, "layers.0.mlp.gate_up_proj.scales", lambda scales: np.roll(scales, 1, axis=0))
-
-
-def scale_size(model: ir.Model) -> None:
-    """Scales of the down projections spread a block over 7 steps where it has 15."""
-    change(model, "down_proj.scales", lambda scales: scales * np.float32(15 / 7))
-
-
-def rope_sign(model: ir.Model) -> None:
-    """The rotation turns the other way, so keys behind look like keys ahead."""
-    change(model, "sin_cache", np.negative)
-
-
-def rope_interleaved(model: ir.Model) -> None:
-    """Pairs of neighbours are rotated instead of halves."""
-    for node in model.graph:
-        if node.op_type == "GroupQueryAttention":
-            node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
-
-
-def past(model: ir.Model, which: str, op_type: str, constants: dict[str, npt.NDArray[Any]], axis: int | None) -> None:
-    """Put an operator between the cache inputs and attention."""
-    for node in model.graph:
-        if node.op_type != "GroupQueryAttention":
-            continue
-        for index in (3, 4):
-            source = node.inputs[index]
-            assert source is not None and source.name is not None
-            if not source.name.endswith(which):
-                continue
-            inputs = [source]
-            for name, array in constants.items():
-                value = ir.Value(name=f"{source.name}/{name}", const_value=ir.tensor(array, name=name))
-                model.graph.register_initializer(value)
-                inputs.append(value)
-            attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-            wrong = ir.Node("", op_type, inputs, attributes, name=f"{source.name}/wrong")
-            model.graph.insert_before(node, wrong)
-            node.replace_input_with(index, wrong.outputs[0])
-
-
-def cache_heads(model: ir.Model) -> None:
-    """Heads of the cached keys change places."""
-    past(model, "key", "Gather", {"order": np.array([1, 0])}, 1)
-
-
-def cache_sequence(model: ir.Model) -> None:
-    """Cached values come in the wrong order of time."""
-    limits = {"starts": [-1], "ends": [-(1 << 31)], "axes": [2], "steps": [-1]}
-    past(model, "value", "Slice", {name: np.array(value) for name, value in limits.items()}, None)
-
-
-def cache_dropped(model: ir.Model) -> None:
-    """The cache is all zeros."""
-    past(model, "", "Mul", {"zero": np.zeros(1, np.float32)}, None)
-
-
-def cache_transposed(model: ir.Model) -> None:
-    """Cached keys were stored as [batch, seq, heads, size] and are read as [batch, heads, seq, size]."""
-    for node in list(model.graph):
-        if node.op_type != "GroupQueryAttention":
-            continue
-        source = node.inputs[3]
-        assert source is not None
-        shape = ir.Node("", "Shape", [source])
-        turned = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
-        wrong = ir.Node("", "Reshape", [turned.outputs[0], shape.outputs[0]], [ir.AttrInt64("allowzero", 1)])
-        model.graph.insert_before(node, [shape, turned, wrong])
-        node.replace_input_with(3, wrong.outputs[0])
-
-
-WEIGHT_BUGS = (nibble_order, zero_point, scale_block, scale_size, rope_sign, rope_interleaved)
-CACHE_BUGS = (cache_heads, cache_sequence, cache_dropped, cache_transposed)
+WEIGHT_BUGS = (
+    planted_bugs.nibble_order,
+    planted_bugs.zero_point,
+    planted_bugs.scale_block,
+    planted_bugs.scale_size,
+    planted_bugs.rope_sign,
+    planted_bugs.rope_interleaved,
+)
 
 
 def nothing(model: ir.Model) -> None:
@@ -265,7 +172,7 @@ def test_a_bug_in_weights_or_rotation_fails_on_drift(
     assert measured.failures == []  # it ran: it was judged, not broken
 
 
-@pytest.mark.parametrize("bug", CACHE_BUGS, ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", planted_bugs.CACHE, ids=lambda bug: bug.__name__)
 def test_a_bug_in_the_cache_fails_on_decoding_alone(
     bug: Callable[[ir.Model], None], good: Fixture, tmp_path: Path
 ) -> None:
