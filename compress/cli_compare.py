@@ -30,8 +30,8 @@ def compare(a: Path, b: Path, html: Path | None, fail_if_worse: bool, as_json: b
 
     B is worse where it loses more than A beyond a tenth of a percent of perplexity and chance, judged position by
     position where both have their drift.npz; else where it exceeds A by more than twice the standard error of the
-    difference; where rates differ by more than noise does and their spreads do not touch; by any growth in size; or
-    where A passed its budget and B did not.
+    difference; where the spreads of two rates do not touch; by any growth in size; or where A passed its budget and B
+    did not.
     """
     from compress.comparison import read_side
     from compress.package.staging import write_file
