@@ -56,6 +56,11 @@ def run_module(
     )
 
 
+def reason(log: str) -> str:
+    """Return what ended a child: the last line of its log that is not indented, as a message's further lines are."""
+    return next((line for line in reversed(log.splitlines()) if line and not line[0].isspace()), "")
+
+
 def require_room(log: str, place: Path) -> None:
     """Tell a full disk from other failures of a child.
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compress import temporary
-from compress.children import follow_parent, require_room, run_module
+from compress.children import follow_parent, reason, require_room, run_module
 from compress.errors import WorkerError
 
 _TIMEOUT_SECONDS = 600
@@ -43,7 +43,7 @@ def build_skeleton(
         raise WorkerError(f"building the graph skeleton took more than {_TIMEOUT_SECONDS} s") from None
     if done.returncode or not output.is_file():
         log = done.stderr.strip()
-        last = log.splitlines()[-1][:_LONGEST_REASON] if log else f"exit {done.returncode}"
+        last = reason(log)[:_LONGEST_REASON] or f"exit {done.returncode}"
         require_room(log, output)
         failure = WorkerError(
             f"building the graph skeleton failed: {last}",
