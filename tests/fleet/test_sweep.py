@@ -216,9 +216,15 @@ def test_predictions_are_the_plans(tiny_model: Callable[[str], Path], tmp_path: 
 
 def start(desk: Desk, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).with_name("fake_sweep.py")), "sweep", str(desk.grid)]
-    return subprocess.Popen(
-        [*command, "-o", str(desk.output), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # where tests run in the background, it is ignored
+    try:
+        return subprocess.Popen(
+            [*command, "-o", str(desk.output), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:

@@ -79,7 +79,7 @@ def test_absent_tokens(written: Callable[..., dict[str, Any]]) -> None:
         ("{", "not JSON"),
         ("[]", "not an object"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ('{"top_p": NaN}', "top_p is nan"),
+        ('{"top_p": NaN}', "NaN is no number"),
         ({"top_k": -1}, "top_k is -1"),
         ({"repetition_penalty": True}, "repetition_penalty is True"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),

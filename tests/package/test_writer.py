@@ -98,7 +98,7 @@ def test_other_errors_keep_their_name_and_leave_no_file(tmp_path: Path, monkeypa
 def test_no_space_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that promises more than it has."""
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ResourceError, match="not enough disk space"), DataFile(tmp_path / "data", 64) as data:
+    with pytest.raises(ResourceError, match="no space is left on the disk"), DataFile(tmp_path / "data", 64) as data:
         data.write(0, np.zeros(8, np.uint8))
 
 

@@ -19,6 +19,7 @@ import planted_bugs
 import pytest
 from planted_bugs import change
 
+from compress.errors import CompressError
 from compress.validation import run, text
 from compress.validation.artifact import open_artifact
 from compress.validation.gate import MAX_DECODE_SELF_KL
@@ -192,8 +193,8 @@ def test_logits_that_are_not_finite_are_a_reason(good: Fixture, tmp_path: Path) 
     assert any("kl was not measured (the run failed)" in reason for reason in verdict.reasons)
 
 
-def test_a_damaged_artifact_is_a_reason(good: Fixture, tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_not_run(good: Fixture, tmp_path: Path) -> None:
     directory = shutil.copytree(good.artifact, tmp_path / "bug")
     os.truncate(directory / DATA, 1000)
-    verdict, _ = judged(directory, good, tmp_path / "work")
-    assert verdict.status == "fail" and "cannot load the model" in verdict.reasons[0]
+    with pytest.raises(CompressError, match="are beyond the end of 'model.onnx.data', which has 1000"):
+        judged(directory, good, tmp_path / "work")
