@@ -216,9 +216,7 @@ def test_predictions_are_the_plans(tiny_model: Callable[[str], Path], tmp_path: 
 
 def start(desk: Desk, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).with_name("fake_sweep.py")), "sweep", str(desk.grid)]
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # where tests run in the background, it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
         return subprocess.Popen(
             [*command, "-o", str(desk.output), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
