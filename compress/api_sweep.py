@@ -52,7 +52,8 @@ def sweep(
         Every job's record, and the best artifacts of each model.
 
     Raises:
-        UsageError: The grid is wrong, another sweep is at the output, or it holds something no sweep has made.
+        UsageError: The grid is wrong, or the output holds something no sweep has made.
+        LockedError: Another sweep is at the output.
         CompressError: The output cannot be written, or no Ray cluster answers.
 
     Examples:

@@ -25,7 +25,7 @@ class LockedError(CompressError):
 
 
 @contextmanager
-def held(path: Path, *, what: str, where: Path) -> Iterator[Mapping[str, Any] | None]:
+def held(path: Path, *, what: str, where: Path | str) -> Iterator[Mapping[str, Any] | None]:
     """Hold a lock file for as long as the body runs.
 
     Args:
@@ -77,7 +77,7 @@ def holder(described: Mapping[str, Any]) -> str:
     return f"process {described.get('pid')} on {described.get('host')}, started {described.get('started')}"
 
 
-def _acquire(path: Path, what: str, where: Path) -> int:
+def _acquire(path: Path, what: str, where: Path | str) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

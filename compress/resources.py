@@ -121,16 +121,12 @@ def _task_bytes(fate: Fate) -> int:
     return int(size * _FLOAT * copies) + 8 * _MB
 
 
-def by_step(prediction: Prediction, packaging: int, *, validate: bool) -> Mapping[str, int]:
-    """Return the peak bytes of what runs one after the other: making the files, packaging them, measuring them.
+def by_step(prediction: Prediction, packaging: int) -> Mapping[str, int]:
+    """Return the peak bytes of what runs one after the other before anything is measured: making files, packaging them.
 
-    Args:
-        prediction: What :func:`predict` found.
-        packaging: What the target with the largest appetite takes, bytes.
-        validate: Whether the artifact is measured.
+    ``packaging`` is what the target with the largest appetite takes.
     """
-    measuring = {"validation": prediction.validation} if validate else {}
-    return {"export": prediction.export, "packaging": _MAIN + packaging, **measuring}
+    return {"export": prediction.export, "packaging": _MAIN + packaging}
 
 
 def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int = 0) -> Prediction:
@@ -144,8 +140,7 @@ def check(plan: Plan, profile: Profile, options: ExportOptions, packaging: int =
     prediction = predict(plan, profile, options.threads)
     if options.max_memory is None:
         return prediction
-    needs: Mapping[str, int] = {"export": prediction.export, "packaging": _MAIN + packaging}
-    for stage, needed in needs.items():
+    for stage, needed in by_step(prediction, packaging).items():
         if needed > options.max_memory:
             hint = f"raise --max-memory to {format_size(needed)}"
             if stage == "packaging":

@@ -167,7 +167,9 @@ def predicted_peak(job: Job, threads: int) -> int:
         wish = Wish(checkpoint, plan, profile)
         targets = [load_target(name, where=f"profile {profile.name}") for name in profile.targets]
         packaging = max((item.needs(wish).memory for item in targets if item.applies(plan.structure)), default=0)
-        needs = list(resources.by_step(prediction, packaging, validate=job.validate).values())
+        needs = list(resources.by_step(prediction, packaging).values())
+        if job.validate:
+            needs.append(prediction.validation)
         if profile.prune.wanted:
             needs.append(_pruning(checkpoint, profile))
         if job.texts.eval_labels is not None and not isinstance(plan.structure, Encoder):

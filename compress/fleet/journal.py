@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError
 from compress.fleet.model import SCHEMA_VERSION, Sweep
+from compress.lock import held
 from compress.package.staging import write_file
 
 NAME = "sweep.json"
@@ -26,39 +24,17 @@ MAX_BYTES = 256 << 20
 def locked(desk: Path, output: str) -> Iterator[None]:
     """Keep other sweeps of this output away, on this machine and on what shares its disk.
 
-    The kernel gives the lock up when the process ends, however it does.
-
     Raises:
-        UsageError: Another sweep is at it.
+        LockedError: Another sweep is at it.
         CompressError: The place cannot be written.
     """
-    try:
-        desk.mkdir(parents=True, exist_ok=True)
-        stream = (desk / LOCK_NAME).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise CompressError(
-            f"cannot write there: {error.strerror}", where=str(desk), hint="choose another place with -o"
-        ) from None
-    with stream:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            owner = stream.read(200).strip() or "an unknown process"
-            raise UsageError(
-                f"another sweep is at this output: {owner}",
-                where=output,
-                hint="wait until it has ended, or choose another place with -o",
-            ) from None
+            stack.enter_context(held(desk / LOCK_NAME, what="sweeping it", where=output))
         except OSError as error:
             raise CompressError(
-                f"the output's file system has no locks, so two sweeps could damage it: {error.strerror}",
-                where=output,
-                hint="choose a place on another file system",
+                f"cannot write there: {error.strerror}", where=str(desk), hint="choose another place with -o"
             ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
         yield
 
 

@@ -22,6 +22,7 @@ from compress.errors import CompressError, UsageError
 from compress.fleet import journal, local
 from compress.fleet.grid import load_grid
 from compress.fleet.jobs import make_jobs, predicted_peak
+from compress.lock import LockedError
 from compress.validation.memory import available_memory
 from tiny_models import PLAIN_INT8
 
@@ -291,13 +292,13 @@ def test_two_sweeps_of_one_output_exclude_each_other(desk: Desk) -> None:
     grid = desk.write("a")
     desk.output.mkdir()
     with (desk.output / ".sweep.lock").open("w") as other:
-        other.write("process 1234 on elsewhere\n")
+        other.write('{"pid": 1234, "host": "elsewhere", "started": "today"}')
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UsageError) as caught:
+        with pytest.raises(LockedError) as caught:
             compress.sweep(grid, desk.output)
-    assert "another sweep is at this output: process 1234 on elsewhere" in str(caught.value)
-    assert "wait until it has ended" in str(caught.value) and desk.starts() == []
+    assert "another run is sweeping it: process 1234 on elsewhere, started today" in str(caught.value)
+    assert "wait for it" in str(caught.value) and desk.starts() == []
     assert compress.sweep(grid, desk.output).exit_code == 0  # the control: the lock was the reason
 
 
