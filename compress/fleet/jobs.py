@@ -151,8 +151,10 @@ def _stamp(path: Path | None) -> list[list[Any]] | None:
     return [*found, [str(len(files)), 0, 0]]
 
 
-def predicted_peak(job: Job, threads: int) -> int:
+def predicted_peak(job: Job, threads: int, limit: int | None = None) -> int:
     """Predict the most memory that a job's export takes, all its processes together, in bytes; reads only the config.
+
+    A validation that does not fit ``limit`` bytes whole is counted as it will be run: in pieces.
 
     Raises:
         CompressError: The model cannot be read, the profile does not take it, or there is no such profile.
@@ -169,7 +171,8 @@ def predicted_peak(job: Job, threads: int) -> int:
         packaging = max((item.needs(wish).memory for item in targets if item.applies(plan.structure)), default=0)
         needs = list(resources.by_step(prediction, packaging).values())
         if job.validate:
-            needs.append(prediction.validation)
+            whole, pieces = prediction.validation, prediction.validation_in_pieces
+            needs.append(whole if pieces is None or limit is None or whole <= limit else pieces)
         if profile.prune.wanted:
             needs.append(_pruning(checkpoint, profile))
         if job.texts.eval_labels is not None and not isinstance(plan.structure, Encoder):

@@ -92,7 +92,7 @@ def _run(jobs: list[Job], board: Board, place: Place, options: Options) -> None:
             if job.name not in wanted:
                 continue
             try:
-                peak = predicted_peak(job, crew.threads)
+                peak = predicted_peak(job, crew.threads, crew.memory)
                 board.note(job.name, predicted_peak_bytes=peak)
                 tasks.append(Task(job, _reserved(peak, crew)))
             except CompressError as error:

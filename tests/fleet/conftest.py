@@ -17,7 +17,7 @@ from tiny_models import PLAIN_INT8
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     made = Desk(tmp_path)
     monkeypatch.setattr(jobs, "LAUNCHER", FAKE)
-    monkeypatch.setattr(run, "predicted_peak", lambda job, threads: made.peaks.get(job.name, 1_000))
+    monkeypatch.setattr(run, "predicted_peak", lambda job, threads, limit: made.peaks.get(job.name, 1_000))
     # What this process takes itself is taken off the limit, and other tests have made it large.
     monkeypatch.setattr(local, "peak_rss_bytes", lambda: 100_000_000)
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))

@@ -13,5 +13,5 @@ from compress.fleet import jobs, run
 if __name__ == "__main__":
     jobs.LAUNCHER = ("-S", str(Path(__file__).with_name("fake_export.py")))
     peaks = json.loads(os.environ.get("TEST_PEAKS", "{}"))
-    run.predicted_peak = lambda job, threads: peaks.get(job.name, 1_000)
+    run.predicted_peak = lambda job, threads, limit: peaks.get(job.name, 1_000)
     cli.main(sys.argv[1:])

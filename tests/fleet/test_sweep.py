@@ -17,7 +17,7 @@ import pytest
 from fleet_desk import Desk, report
 
 import compress
-from compress import cli
+from compress import cli, resources
 from compress.errors import CompressError, UsageError
 from compress.fleet import journal, local
 from compress.fleet.grid import load_grid
@@ -193,6 +193,19 @@ def test_what_is_available_is_the_limit_where_nobody_says(desk: Desk) -> None:
     crew = local.LocalCrew(Place(str(desk.output)), 2, None, None, 0)
     assert crew.memory is not None and crew.memory <= (available_memory() or 0) * 1.2
     assert crew.threads == max(1, local.cores() // 2)
+
+
+def test_what_does_not_fit_whole_is_counted_in_pieces(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*arguments: Any) -> resources.Prediction:
+        return resources.Prediction(graph=10**8, weights=10**8, validation=3 * 10**9, validation_in_pieces=10**9)
+
+    monkeypatch.setattr(resources, "predict", large)
+    grid = {"models": [{"model": str(tiny_model("llama")), "name": "l"}], "profiles": ["arm-int4"]}
+    (job,) = make_jobs(load_grid(grid), validate=True)
+    found = {limit: predicted_peak(job, 2, limit) for limit in (None, 3 * 10**9, 2 * 10**9)}
+    assert found == {None: 3 * 10**9, 3 * 10**9: 3 * 10**9, 2 * 10**9: 10**9}
 
 
 def test_predictions_are_the_plans(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
