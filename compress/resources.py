@@ -30,10 +30,6 @@ _MAIN = 130 * _MB
 _SKELETON = 390 * _MB
 #: torch, transformers, optimum and the exporter; the model itself has no weights there.
 _ENCODER_SKELETON = 700 * _MB
-#: torch and transformers in the reference worker.
-_REFERENCE = 450 * _MB
-#: onnxruntime and numpy in the worker that sees the ranges of activations.
-_RUNTIME = 110 * _MB
 _FLOAT = 4
 
 
@@ -83,7 +79,7 @@ def _ranges_bytes(plan: Plan, profile: Profile) -> int:
     if profile.quantize.activation_bits is None:
         return 0
     widened = [fate for fate in plan.fates if fate.scheme is not None and fate.scheme.activations != "none"]
-    return _MAIN + _RUNTIME + 2 * plan.data_bytes + _FLOAT * sum(fate.rows * fate.columns for fate in widened)
+    return _MAIN + room.RUNTIME + 2 * plan.data_bytes + _FLOAT * sum(fate.rows * fate.columns for fate in widened)
 
 
 def _compensation_bytes(plan: Plan, profile: Profile) -> int:
@@ -110,7 +106,7 @@ def _calibration_bytes(plan: Plan, profile: Profile, threads: int) -> int:
     if not wanted(plan, profile):
         return 0
     moments = sum(linear.in_features**2 for linear in plan.structure.linears)
-    return _MAIN + _REFERENCE + int(2.2 * _FLOAT * plan.weight_count) + _FLOAT * moments + 64 * _MB
+    return _MAIN + room.REFERENCE + int(2.2 * _FLOAT * plan.weight_count) + _FLOAT * moments + 64 * _MB
 
 
 def _task_bytes(fate: Fate) -> int:

@@ -3,7 +3,7 @@
 Two workers are predicted, one after the other beside the main process. The *reference* holds a float32 block and what
 goes through it, or (``by_rows``) bands of its weights. The *artifact* is mapped from its file and packed into a second
 copy for the kernels: whole, or (``in pieces``) a block at a time. What needs the whole (speed, samples) is not measured
-then. The constants are those of :mod:`compress.resources`; tests hold the rest against the kernel's own accounting.
+then. Constants are resident sets after imports (:mod:`compress.resources`); tests hold the rest against the kernel's accounting.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MB = 1_000_000
 #: Python with numpy, onnx-ir and the command line, and what it compares logits in.
 _MAIN = 200 * _MB
 #: torch and transformers in the reference worker.
-_REFERENCE = 450 * _MB
+REFERENCE = 450 * _MB
 #: onnxruntime and numpy in the worker that runs the artifact.
-_RUNTIME = 110 * _MB
+RUNTIME = 110 * _MB
 _FLOAT = 4
 #: What the reference takes at once: tokens through a block, bytes of the head and of its logits, bytes of a band.
 _TOKENS, _HEAD, _BAND = 512, 2 * (64 << 20), 32 << 20
@@ -160,18 +160,18 @@ class _Decoding:
         if not by_rows:
             sizes = [[fate.rows * fate.columns for fate in layer] for layer in self.layers]
             weights = _FLOAT * max(sum(layer) + max(layer) for layer in sizes)
-        return _REFERENCE + states + max(weights + inside, _HEAD)
+        return REFERENCE + states + max(weights + inside, _HEAD)
 
     def artifact(self) -> int:
         """Return what the worker holds of the whole."""
-        return _RUNTIME + 2 * max(self.plan.data_bytes, sum(self.stored.values())) + 2 * self._logits()
+        return RUNTIME + 2 * max(self.plan.data_bytes, sum(self.stored.values())) + 2 * self._logits()
 
     def piece(self) -> int:
         """Return what the worker holds of the largest piece."""
         held = [sum(map(self._held, layer)) + self._inside() for layer in self.layers]
         ends = [fate for fate in self.plan.fates if fate.role in ("embedding", "head")]
         held += [self._held(fate) + 2 * self._logits() for fate in ends]
-        return _RUNTIME + max(held)
+        return RUNTIME + max(held)
 
     def _held(self, fate: Fate) -> int:
         """Return what a session holds of a weight: as stored, packed, and its scales as float32, twice as well.
@@ -203,4 +203,4 @@ def _encoder(plan: Plan, encoder: Encoder, profile: Profile) -> int:
     longest, batch = max(profile.validation.lengths), max(profile.validation.batches)
     states = batch * longest * (8 * encoder.hidden_size + encoder.heads * longest) * _FLOAT
     logits = batch * longest * encoder.vocab_size * _FLOAT if encoder.task == "fill-mask" else 0
-    return _REFERENCE + 2 * weights + 2 * states + 2 * logits
+    return REFERENCE + 2 * weights + 2 * states + 2 * logits
