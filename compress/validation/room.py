@@ -3,7 +3,7 @@
 Two workers are predicted, one after the other beside the main process. The *reference* holds a float32 block and what
 goes through it, or (``by_rows``) bands of its weights. The *artifact* is mapped from its file and packed into a second
 copy for the kernels: whole, or (``in pieces``) a block at a time. What needs the whole (speed, samples) is not measured
-then. Constants are resident sets after imports (:mod:`compress.resources`); tests hold the rest against the kernel's accounting.
+then. Constants are resident sets after imports; tests hold the rest against the kernel's own accounting.
 """
 
 from __future__ import annotations
