@@ -107,6 +107,7 @@ Role = Literal[
     "projection",
     "pooler",
     "classifier",
+    "rotation",
 ]
 
 
@@ -116,7 +117,8 @@ class Slice:
 
     ``transposed`` says that the tensor is stored as ``[in_features, out_features]`` (GPT-2's Conv1D). ``columns``: only
     the first so many columns count; ``spare``: so many rows behind ``stop`` are left out on purpose. Both are zeros of
-    heads that were removed, in a checkpoint whose config cannot say so (:data:`KEPT_HEADS`).
+    heads that were removed, in a checkpoint whose config cannot say so (:data:`KEPT_HEADS`). ``mixed``: every row is
+    made of all rows of the source (:mod:`compress.rotation`), so they are best read at once.
     """
 
     tensor: str
@@ -125,6 +127,12 @@ class Slice:
     transposed: bool = False
     columns: int | None = None
     spare: int = 0
+    mixed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether reading some rows reads all of the tensor."""
+        return self.transposed or self.mixed
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,8 @@ class Linear:
         bias: Where the bias comes from, in order; empty without one.
         graph_weights: The skeleton's initializers that the stacked weight replaces, in order.
         graph_biases: The same for the bias.
+        hadamard: The inputs are multiplied by an orthonormal Hadamard matrix first, in blocks of so many channels; 0:
+            they are not.
 
     Of an encoder, ``layer`` counts the weights: a layer that is run several times (ALBERT) has one.
     """
@@ -154,6 +164,7 @@ class Linear:
     bias: tuple[Slice, ...] = ()
     graph_weights: tuple[str, ...] = ()
     graph_biases: tuple[str, ...] = ()
+    hadamard: int = 0
 
 
 @dataclass(frozen=True)
@@ -451,12 +462,15 @@ class Scheme:
 
     Codes are unsigned, ``0 .. 2**bits - 1``. Symmetric schemes fix the zero point at ``2**(bits-1)``.
     ``block_size`` 0 is one block a row: a scale an output channel. Integer products (``activations``) need that.
+    ``pair_safe``: their sums are exact on processors that add two products in 16 bits, too
+    (:mod:`compress.quantize.integer`).
     """
 
     bits: int
     block_size: int
     symmetric: bool
     activations: Activations = "none"
+    pair_safe: bool = True
 
     def blocks(self, columns: int) -> int:
         """Return the number of blocks a row of ``columns`` has; the last one may be partly filled."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from compress import building, catalog, checks, pooling, pruning, resources, temporary, weights, workspace
+from compress import building, catalog, checks, pooling, pruning, resources, rotation, temporary, weights, workspace
 from compress.building import Built
 from compress.contracts import Checkpoint, Decoder, Encoder, ForwardFamily, Structure
 from compress.errors import EXIT_OK, SourceError, UsageError
@@ -208,7 +208,7 @@ def _export(
     adapter = model.adapter if made is None else made.reference.adapter
     with stages.stage("plan"):
         require_tokenizer(checkpoint)
-        structure = describe(checkpoint)
+        checkpoint, structure = rotation.applied(checkpoint, describe(checkpoint), profile)
         task = structure.task if isinstance(structure, Encoder) else "text-generation"
         checks.check_labels(structure, checkpoint.config, options)
         checks.check_tokenizer(checkpoint)
@@ -325,7 +325,8 @@ def planned(model: ModelReference, profile: Profile, options: ExportOptions, sta
         BudgetError: No assignment keeps the budget.
     """
     with model.open(config_only=True) as checkpoint:
-        plan = make_plan(left_by_pruning(checkpoint, profile), profile, checkpoint)
+        seen, structure = rotation.applied(checkpoint, left_by_pruning(checkpoint, profile), profile)
+        plan = make_plan(structure, profile, seen)
         checks.check_plan(plan, profile)
         if profile.quantize.allocation != "budget":
             checks.check_unread(options)

@@ -318,7 +318,15 @@ def _plan_table(
         whole = [size for size in BLOCK_SIZES if table.columns % size == 0]
         tied = bool(whole)
         scheme = replace(scheme, block_size=whole[-1]) if whole else scheme
-    if scheme is None:
+    head = profile.quantize.scheme("head") if tied else None
+    if head is not None and head.activations != "none" and table.name not in given:
+        # Stored as the head multiplies by it, [columns, rows]; a lookup gathers columns.
+        scheme = _checked(profile, "head")
+        stored = layout.place(
+            (f"{table.name}.codes", "int8", (table.columns, table.rows)),
+            (f"{table.name}.scales", "float32", (table.rows,)),
+        )
+    elif scheme is None:
         stored = layout.place((f"{table.name}.weight", profile.graph.float_type, (table.rows, table.columns)))
     else:
         if tied and table.columns % scheme.block_size:

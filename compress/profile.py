@@ -50,6 +50,10 @@ class Quantize(_Strict):
     Position tables stay float32 unless ``roles.position`` says otherwise. ``decoder_roles`` changes roles of models
     that write text, so that one profile serves both kinds. ``smoothing`` (encoders with integer
     products) tames outlier channels by what calibration texts show; see :mod:`compress.calibrate.smoothing`.
+    ``rotation = "residual"`` (models that write text) spreads outlier channels over all channels by a change of basis
+    that is folded into the weights; see :mod:`compress.rotation`.
+    ``pair_safe`` keeps neighbouring weights of integer products so small that no processor's sums overflow; without it
+    weights are rounded better, for processors that add four products in 32 bits (VNNI, AMX, ARM's dot products).
     ``effort`` is what the weights of models that write text may cost: ``fast`` needs no text and seconds, ``balanced``
     calibrates on one for minutes, ``max`` for hours; ``algorithm = "auto"`` is the one that goes with it.
     ``allocation = "budget"`` chooses bits and block sizes tensor by tensor, by what each one's errors were measured to
@@ -72,6 +76,8 @@ class Quantize(_Strict):
     scale_format: ScaleFormat = "float32"
     importance: Literal["random-tokens", "none"] = "random-tokens"
     smoothing: Literal["calibrated", "none"] = "none"
+    rotation: Literal["none", "residual"] = "none"
+    pair_safe: bool = True
     max_layer_loss: float | None = Field(default=None, gt=0)
     input_range: Literal["percentile", "entropy", "minmax"] = "percentile"
     roles: dict[Role, SchemeOverride] = Field(default_factory=dict)
@@ -94,7 +100,7 @@ class Quantize(_Strict):
         """Return the scheme of a role, ``None`` where it stays float32."""
         change = self.roles.get(role, SchemeOverride())
         bits = self.bits if change.bits is None else change.bits
-        if role == "position" and change.bits is None:
+        if role in ("position", "rotation") and change.bits is None:
             return None
         if bits == 32:
             return None
@@ -105,6 +111,7 @@ class Quantize(_Strict):
             block_size=block_size if activations == "none" else 0,
             symmetric=(self.symmetric if change.symmetric is None else change.symmetric) or activations != "none",
             activations=activations,
+            pair_safe=self.pair_safe or activations == "none",
         )
 
 
@@ -324,6 +331,12 @@ class Profile(_Strict):
             )
         if graph.static_length is not None and set(graph.fusions) - {"gelu"}:
             raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
+        return self
+
+    @model_validator(mode="after")
+    def _rotations_are_of_products(self) -> Profile:
+        if self.quantize.rotation != "none" and self.graph.static_length is not None:
+            raise ValueError("quantize.rotation is for graphs of any length: leave out graph.static_length")
         return self
 
     @model_validator(mode="after")

@@ -111,9 +111,9 @@ def _calibration_bytes(plan: Plan, profile: Profile, threads: int) -> int:
 
 def _task_bytes(fate: Fate) -> int:
     """Return what a worker thread holds for a task: source rows, their float32 copy, codes and scratch."""
-    whole = (fate.kind == "matmul" and fate.scheme is None) or any(piece.transposed for piece in fate.reads)
+    whole = (fate.kind == "matmul" and fate.scheme is None) or any(piece.whole for piece in fate.reads)
     size = fate.rows * fate.columns if whole else min(fate.rows * fate.columns, CHUNK_WEIGHTS)
-    copies = 2.5 if any(piece.transposed for piece in fate.reads) else 2.0
+    copies = 2.5 if any(piece.whole for piece in fate.reads) else 2.0
     return int(size * _FLOAT * copies) + 8 * _MB
 
 

@@ -144,7 +144,7 @@ def _tasks(plan: Plan, smoothing: Smoothing | None, done: Collection[str] = ()) 
         if not fate.reads or fate.name in done:
             continue
         whole = fate.kind == "matmul" and fate.scheme is None  # transposed on the way: needs all rows at once
-        whole = whole or any(piece.transposed for piece in fate.reads)
+        whole = whole or any(piece.whole for piece in fate.reads)
         whole = whole or (smoothing is not None and changes(smoothing, fate.name))
         step = fate.rows if whole else max(1, CHUNK_WEIGHTS // fate.columns)
         for start in range(0, fate.rows, step):

@@ -6,7 +6,7 @@ The work is done block by block in a worker (:mod:`compress.calibrate.decoder_wo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def wanted(plan: Plan, profile: Profile) -> bool:
 
 
 def weighs_tokens(plan: Plan, profile: Profile) -> bool:
-    """Return whether tokens count by how much they matter."""
+    """Return whether tokens count by how much they matter: not where all weights keep 8 bits, which is enough."""
+    if all(fate.scheme is None or fate.scheme.bits == 8 for fate in plan.fates):
+        return False
     affordable = plan.weight_count * profile.calibration.tokens <= WEIGHED_LIMIT
     return profile.quantize.effort == "max" or affordable
 
@@ -268,4 +270,4 @@ class DecoderCalibration:
 
 
 def _listed(scheme: Scheme) -> list[Any]:
-    return [scheme.bits, scheme.block_size, scheme.symmetric, scheme.activations]
+    return list(astuple(scheme))

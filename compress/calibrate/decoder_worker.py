@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress import rotation
 from compress.allocator import keep_buffers
 from compress.calibrate.blocks import Block, BlockLinear, Workers, require_finite, statistics
 from compress.calibrate.fold import fold_channels
@@ -48,6 +49,8 @@ from compress.planning import Fate, Plan, make_plan
 from compress.profile import Profile, parse_profile
 from compress.quantize import load_quantizer
 from compress.reading import CHUNK_WEIGHTS, read_rows
+from compress.rotation.modules import rotate_inputs
+from compress.rotation.structure import HEAD_ROTATION
 from compress.state_file import read_arrays, write_arrays
 from compress.store import Store, compared, restored
 from compress.validation.protocol import Json, peak_rss_bytes, report_progress, serve
@@ -79,12 +82,14 @@ class Calibration:
         )
         self.profile: Profile = parse_profile(request["profile"], where="the request")
         structure = load_family(self.checkpoint.config).describe(self.checkpoint.config, self.checkpoint.tensors())
+        self.checkpoint, structure = rotation.applied(self.checkpoint, structure, self.profile)
         assert isinstance(structure, Decoder)
         self.decoder = structure
         schemes = {name: Scheme(*values) for name, values in request["schemes"].items()}
         self.plan: Plan = make_plan(structure, self.profile, self.checkpoint, schemes=schemes)
         self.windows = np.load(request["windows"])
         self.model = StreamedModel(self.checkpoint)
+        rotate_inputs(self.model, structure)
         self.workers = Workers(int(request["workers"]))
 
     def head(self) -> Fate:
@@ -216,11 +221,14 @@ class Quantization:
         if fate.scheme is None:
             return
         require_finite(fate.name, inputs)
+        turn = self.given.plan.by_name.get(HEAD_ROTATION)
+        if turn is not None:
+            inputs = inputs @ read_rows(self.given.checkpoint, turn, 0, turn.rows).T
         found = statistics(fate.name, inputs, self.given.workers)
         importance = np.ascontiguousarray(np.diagonal(found.moments))
         # A tied table is looked up as well: making up for errors would be right for one of its two uses only.
         quantizer = load_quantizer("rtn") if fate.tied else self.quantizer
-        whole = any(piece.transposed for piece in fate.reads)
+        whole = any(piece.whole for piece in fate.reads)
         step = fate.rows if whole else max(ROWS, CHUNK_WEIGHTS // fate.columns // ROWS * ROWS)
 
         def part(start: int) -> None:

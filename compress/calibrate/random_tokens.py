@@ -21,6 +21,7 @@ from compress.contracts import Checkpoint, FloatArray, ForwardFamily
 from compress.errors import CompressError, SourceError
 from compress.planning import Fate, Plan
 from compress.reading import CHUNK_WEIGHTS, read_rows
+from compress.rotation.matrices import block_hadamard
 from compress.weights import Stopped
 
 TOKENS = 64
@@ -34,9 +35,12 @@ class RandomTokens:
     ) -> None:
         self._plan, self._checkpoint, self._family, self._stopped = plan, checkpoint, family, stopped
         names = {linear.name for linear in plan.decoder.linears}
+        self._blocks = {linear.name: linear.hadamard for linear in plan.decoder.linears if linear.hadamard}
+        self._turn = next((linear.name for linear in plan.decoder.linears if linear.role == "rotation"), None)
         self._known: dict[str, FloatArray] = {}
         self._ready = {name: threading.Event() for name in names}
         self._fates = {self._statistics_name(fate): fate for fate in plan.fates if fate.kind != "vector"}
+        self._head = next(linear.name for linear in plan.decoder.linears if linear.role == "head")
         generator = np.random.default_rng(seed)
         count = min(TOKENS, plan.decoder.context_length)
         self._tokens = generator.integers(0, plan.decoder.vocab_size, count, dtype=np.int64)
@@ -71,7 +75,9 @@ class RandomTokens:
     # ------------------------------------------------------------------------------------- compress.contracts.Runner
 
     def observe(self, name: str, inputs: FloatArray) -> None:
-        """Take the statistics of a linear's inputs ``[T, K]``."""
+        """Take the statistics of a linear's inputs ``[T, K]``; a tied head's are turned first where it is rotated."""
+        if self._turn is not None and name == self._head:
+            inputs = self.linear(self._turn, inputs)
         moments = np.square(inputs.astype(np.float64)).mean(axis=0)
         if not np.isfinite(moments).all():
             raise SourceError(
@@ -85,10 +91,12 @@ class RandomTokens:
 
     def linear(self, name: str, inputs: FloatArray) -> FloatArray:
         """Observe a linear's inputs ``[T, K]`` and return its outputs ``[T, N]``, reading a few rows at a time."""
+        if name in self._blocks:
+            inputs = block_hadamard(inputs, self._blocks[name])
         self.observe(name, inputs)
         fate = self._fates[name]
         outputs = np.empty((len(inputs), fate.rows), np.float32)
-        whole = any(piece.transposed for piece in fate.reads)
+        whole = any(piece.whole for piece in fate.reads)
         step = fate.rows if whole else max(1, CHUNK_WEIGHTS // fate.columns)
         for start in range(0, fate.rows, step):
             if self._stopped.is_set():
@@ -112,4 +120,4 @@ class RandomTokens:
 
     def _statistics_name(self, fate: Fate) -> str:
         """Return the linear whose inputs a weight meets: a tied table is the head's weight."""
-        return next(item.name for item in self._plan.decoder.linears if item.role == "head") if fate.tied else fate.name
+        return self._head if fate.tied else fate.name

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import half, linear, logits_to_keep, long_rope, names, rotary, table
+from compress.graph.rules import half, linear, logits_to_keep, long_rope, names, rotary, rotation, table
 from compress.graph.rules._edit import Weights
 from compress.graph.static_decoder import make_static
 from compress.planning import Plan
@@ -44,10 +44,12 @@ def build_decoder(
         CompressError: A rule fired less often than the decoder has places for it.
     """
     model = ir.load(skeleton)
+    turned = rotation.insert_head_turn(model.graph, plan)
     weights = Weights(model.graph, plan, inline, data_name)
     fired: dict[str, int] = {}
     constants: dict[str, npt.NDArray[Any]] = {}
     names.normalise(model)
+    fired |= {"head_rotation": turned} if turned else {}
     fired["linear"] = linear.apply(model.graph, plan, weights, accuracy_level=profile.quantize.accuracy_level)
     static = profile.graph.static_length
     fired["table"] = table.apply(model.graph, plan, weights, "fused" if static is None else "integers")

@@ -62,7 +62,7 @@ def predict_graph_bytes(plan: Plan) -> int:
         total += _scales_extra(fate, plan.float_type)
         if encoder is None and fate.kind == "matmul" and fate.scheme is None:
             total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
-        if fate.tied and fate.scheme is not None:
+        if fate.tied and fate.scheme is not None and fate.scheme.activations == "none":
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
     return total
 

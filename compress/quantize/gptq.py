@@ -116,7 +116,7 @@ class Gptq:
         """
         if moments is None:
             return self._nearest.quantize(weight, scheme, importance, scale_format=scale_format)
-        if scheme.activations == "none":
+        if scheme.activations == "none" or not scheme.pair_safe:
             return self._blockwise(weight, scheme, importance, scale_format, moments)
         validate_scheme(scheme)
         _, scales = quantize_channels(weight, scheme.bits, np.ascontiguousarray(np.diagonal(moments)))

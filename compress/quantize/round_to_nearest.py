@@ -98,7 +98,7 @@ class RoundToNearest:
         if weight.ndim != 2 or weight.dtype != np.float32:
             raise ValueError(f"expected a float32 matrix, got {weight.dtype} {list(weight.shape)}")
         rows, columns = weight.shape
-        if scheme.activations != "none":
+        if scheme.activations != "none" and scheme.pair_safe:
             return unsigned(*quantize_channels(weight, scheme.bits, importance), scheme.bits)
         if scheme.block_size == 0:
             scheme = replace(scheme, block_size=max(columns, 1))

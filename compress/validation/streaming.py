@@ -223,6 +223,18 @@ class StreamedModel:
             for name, _ in module.named_parameters(recurse=False)
         }
 
+    def module_of(self, tensor: str) -> torch.nn.Module:
+        """Return the module of a block that keeps a tensor of the checkpoint.
+
+        Raises:
+            SourceError: None does.
+        """
+        for layer in self._layers:
+            found = self.parameters_of(layer).get(tensor)
+            if found is not None:
+                return found[0]
+        raise SourceError("transformers' model keeps a linear's weight elsewhere", where=tensor)
+
     def _resident(self) -> Iterator[torch.nn.Module]:
         """Yield the modules that are small and stay: all but layers, token embedding and head."""
         streamed = {id(module) for layer in self._layers for module in layer.modules()}

@@ -9,15 +9,21 @@ Range found by calibration, in standard operators that every provider fuses to i
     x' = DequantizeLinear(QuantizeLinear(x, s, z), s, z)
     y  = Add(MatMul(x', DequantizeLinear(codes, scales, axis=1)), bias)
 
+Range found at run time for every token by itself (inputs whose tokens differ a thousandfold in size)::
+
+    x', r = SimplifiedLayerNormalization(x, 1)          # r is 1 over the token's root mean square
+    y     = Div(DynamicQuantizeMatMul(x', codes, scales), r);  y' = Add(y, bias)
+
 Query, key and value are one linear: nothing else here reads a value twice. Without a range of its own (``graph/
 quantize_activations.py`` gives every tensor one later) the product reads x as it is.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from compress.graph.rules._edit import Weights, node
+from compress.graph.rules._edit import Weights, constant, node
 from compress.planning import INPUT_RANGE, Fate
 
 
@@ -32,6 +38,32 @@ def integer_product(
     inputs = [source, weights.part(fate, "codes"), weights.part(fate, "scales")]
     inputs += [None, bias] if bias is not None else []
     node(weights.graph, before, "DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft")
+
+
+def row_by_row(
+    weights: Weights, fate: Fate, bias: ir.Value | None, source: ir.Value, before: ir.Node, output: ir.Value
+) -> None:
+    """Insert ``output = source W^T + bias`` with every token brought to unit size first, and its size multiplied in."""
+    graph = weights.graph
+    one = constant(graph, f"unit/{fate.columns}", np.ones(fate.columns, np.float32))
+    unit, inverse, product, whole = (
+        ir.Value(name=f"{output.name}/{part}") for part in ("unit", "inverse_size", "unit_product", "product")
+    )
+    # The epsilon only keeps a token of zeros finite.
+    node(
+        graph,
+        before,
+        "SimplifiedLayerNormalization",
+        [source, one],
+        [unit, inverse],
+        axis=-1,
+        epsilon=1e-30,
+        stash_type=1,
+    )
+    integer_product(weights, fate, None, unit, before, product)
+    node(graph, before, "Div", [product, inverse], [whole if bias is not None else output])
+    if bias is not None:
+        node(graph, before, "Add", [whole, bias], [output])
 
 
 def _static(

@@ -17,19 +17,22 @@ After, float32 (the weight is stored as [K, N], so that no transposed copy is ma
 
     y = MatMul(x, weight);  y' = Add(y, bias)
 
+Inputs that are rotated at run time (``graph/rules/rotation.py``) are rotated in front of it.
+
 Several MatMuls of the same input (gate and up) become one node and a Split.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from compress.contracts import Linear
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights, drop, node, only_user, products, supersede
-from compress.graph.rules._integer import integer_product
+from compress.graph.rules._integer import integer_product, row_by_row
+from compress.graph.rules.rotation import turned
 from compress.planning import Fate, Plan
 
 
@@ -107,8 +110,12 @@ def _replace(
     if whole is not None:
         output.shape, output.type = whole.shape, whole.type
     bias_value = weights.value(bias.stored[0]) if bias is not None else None
+    if linear.hadamard:
+        place = replace(place, source=turned(graph, place.source, place.first, linear.hadamard, name))
     if fate.scheme is None:
         _float(weights, fate, bias_value, place, output)
+    elif fate.scheme.activations != "none" and linear.hadamard:
+        row_by_row(weights, fate, bias_value, place.source, place.first, output)
     elif fate.scheme.activations != "none":
         integer_product(weights, fate, bias_value, place.source, place.first, output)
     else:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.errors import CompressError
-from compress.graph.rules._edit import node
+from compress.graph.rules._edit import node, producer
 
 NAME = "logits_to_keep"
 _SEQUENCE_AXIS = 1
@@ -23,9 +23,11 @@ _SEQUENCE_AXIS = 1
 def apply(graph: ir.Graph, default: int) -> int:
     """Insert the slice in front of the head; returns 1."""
     head = graph.outputs[0].producer()
-    while head is not None and head.op_type not in ("MatMulNBits", "MatMul"):
+    while head is not None and head.op_type not in ("MatMulNBits", "MatMul", "DynamicQuantizeMatMul"):
         first = head.inputs[0]
         head = first.producer() if first is not None else None
+    while head is not None and (before := producer(head.inputs[0], "MatMul")) is not None:
+        head = before  # what turns the inputs of a rotated model's head
     hidden = head.inputs[0] if head is not None else None
     if head is None or hidden is None:
         raise CompressError("the graph skeleton has no head in front of its logits")

@@ -11,6 +11,10 @@ and for graphs whose every tensor is of integers later (``integers``), where the
 
     y = Mul(Gather(DequantizeLinear(codes, 1, 128), ids), Gather(scales, ids))
 
+A table that a head of integer products shares is stored as that multiplies by it, ``[H, V]``::
+
+    y = Mul(Cast(Transpose(Gather(codes, ids, axis=1))), Unsqueeze(Gather(scales, ids)))
+
 A tied table's codes are stored once: here they are read as [V, bytes], by the head as [V, blocks, bytes a block].
 A table that stays float32 keeps its Gather.
 """
@@ -43,6 +47,9 @@ def apply(graph: ir.Graph, plan: Plan, weights: Weights, spelling: Spelling = "f
         if fate.scheme is None:
             gather.replace_input_with(0, weights.value(fate.stored[0]))
             forget(graph, old)
+            continue
+        if fate.scheme.activations != "none":
+            _columns(graph, fate, weights, gather)
             continue
         if spelling != "fused":
             _rows(graph, fate, weights, gather, whole=spelling == "integers")
@@ -104,6 +111,25 @@ def _rows(graph: ir.Graph, fate: Fate, weights: Weights, gather: ir.Node, *, who
         node(graph, gather, "DequantizeLinear", [first, one, middle], [rows])
     node(graph, gather, "Gather", [weights.scales(fate, gather), ids], [scale], axis=0)
     node(graph, gather, "Mul", [rows, scale], [output])
+    ir.convenience.replace_all_uses_with(old, output)
+    drop(graph, [gather])
+
+
+def _columns(graph: ir.Graph, fate: Fate, weights: Weights, gather: ir.Node) -> None:
+    """Gather columns of signed bytes ``[H, V]``, and each column's scale."""
+    codes, scales = fate.part("codes"), fate.part("scales")
+    assert codes is not None and scales is not None
+    old, ids = gather.outputs[0], gather.inputs[1]
+    columns, rows, floats, scale, wide, output = (
+        ir.Value(name=f"{fate.name}/{part}") for part in ("columns", "rows", "floats", "scale", "row_scale", "output")
+    )
+    last = constant(graph, "table/last_axis", np.array([-1], np.int64))
+    node(graph, gather, "Gather", [weights.value(codes), ids], [columns], axis=1)
+    node(graph, gather, "Transpose", [columns], [rows], perm=[1, 2, 0])
+    node(graph, gather, "Cast", [rows], [floats], to=int(ir.DataType.FLOAT))
+    node(graph, gather, "Gather", [weights.value(scales), ids], [scale], axis=0)
+    node(graph, gather, "Unsqueeze", [scale, last], [wide])
+    node(graph, gather, "Mul", [floats, wide], [output])
     ir.convenience.replace_all_uses_with(old, output)
     drop(graph, [gather])
 
