@@ -151,6 +151,8 @@ class Linear:
         graph_biases: The same for the bias.
         hadamard: The inputs are multiplied by an orthonormal Hadamard matrix first, in blocks of so many channels; 0:
             they are not.
+        input_range: Inputs are normally distributed and of unit size, whatever the text: dynamic integer products take
+            this range of them; 0: nothing is known of them.
 
     Of an encoder, ``layer`` counts the weights: a layer that is run several times (ALBERT) has one.
     """
@@ -165,6 +167,7 @@ class Linear:
     graph_weights: tuple[str, ...] = ()
     graph_biases: tuple[str, ...] = ()
     hadamard: int = 0
+    input_range: float = 0
 
 
 @dataclass(frozen=True)

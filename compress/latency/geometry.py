@@ -11,10 +11,11 @@ from compress.errors import UsageError
 from compress.latency.parts import Attention, Ends, FeedForward, Part, Product, Stored, Style
 from compress.profile import Profile, Quantize
 from compress.quantize.scheme import BLOCK_SIZES
+from compress.rotation.structure import rotated
 
 #: A head is measured in pieces of at most so many bytes: twice as many rows of what no cache holds take twice the time.
 MAX_PIECE_BYTES = 192 << 20
-_ENDS: tuple[Role, ...] = ("projection", "pooler", "classifier")
+_ENDS: tuple[Role, ...] = ("projection", "pooler", "classifier", "rotation")
 
 _StoredOf = Callable[[Linear], Stored]
 
@@ -139,10 +140,13 @@ def geometry_of(
         )
     quantize = profile.quantize.for_decoders() if isinstance(structure, Decoder) else profile.quantize
     given = schemes or {}
+    if quantize.rotation != "none" and not any(linear.hadamard for linear in structure.linears):
+        structure = rotated(structure)
 
     def stored(linear: Linear) -> Stored:
         scheme = None if linear.name in keep_float else given.get(linear.name) or quantize.scheme(linear.role)
-        return Stored.of(scheme, quantize.accuracy_level)
+        way = Stored.of(scheme, quantize.accuracy_level)
+        return replace(way, fixed=way.dynamic and bool(linear.input_range), hadamard=linear.hadamard)
 
     blocks = [(linear, stored(linear)) for linear in structure.linears if linear.layer is not None]
     storage = _storage(structure, blocks)
@@ -211,7 +215,7 @@ def _head(structure: Structure, quantize: Quantize, stored: _StoredOf) -> tuple[
     if linear is None:
         return None, 0
     way = stored(linear)
-    if structure.tied:  # it multiplies by the table's own bytes, in whole blocks
+    if structure.tied and not way.dynamic:  # it multiplies by the table's own bytes, in whole blocks
         scheme = quantize.scheme("embedding")
         if scheme is not None and scheme.block_size == 0:
             whole = [size for size in BLOCK_SIZES if linear.in_features % size == 0]
@@ -244,7 +248,7 @@ def _ends(structure: Structure, quantize: Quantize, stored: _StoredOf, *, paddin
             linear.in_features,
             stored(linear),
             bias=bool(linear.bias),
-            every=linear.role == "projection" or task != "text-classification",
+            every=linear.role == "projection" or (linear.role != "rotation" and task != "text-classification"),
         )
         for linear in structure.linears
         if linear.role in _ENDS

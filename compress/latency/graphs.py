@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from compress.latency.parts import Attention, Empty, Ends, FeedForward, Point, Product, Stored, Style, Workload
+from compress.rotation.matrices import hadamard
 
 _MICROSOFT = "com.microsoft"
 _NOISE, _STRIDE = 1 << 20, 4099
@@ -173,6 +174,11 @@ def linear(
 ) -> str:
     """Add a linear as ``graph/rules/linear.py`` writes it, and return its output."""
     stem = name or graph.name("linear")
+    if stored.hadamard:
+        matrix = graph.weight(np.array(hadamard(stored.hadamard)), f"hadamard_{stored.hadamard}")
+        blocks_of = graph.constant(np.array([0, 0, -1, stored.hadamard], np.int64))
+        mixed = graph.node("MatMul", [graph.node("Reshape", [value, blocks_of])[0], matrix])[0]
+        value = graph.node("Reshape", [mixed, graph.constant(np.array([0, 0, -1], np.int64))])[0]
     added = [graph.weight(noise.floats(outputs), f"{stem}.bias")] if bias else []
     if stored.bits == 32:
         if transposed:
@@ -185,6 +191,19 @@ def linear(
     if stored.dynamic:
         codes = graph.weight(noise.codes(inputs, outputs).view(np.int8), f"{stem}.codes")
         scales = graph.weight(np.full(outputs, 5e-4, np.float32), f"{stem}.scales")
+        if stored.fixed:
+            scale, zero = graph.constant(np.array(4 / 127, np.float32)), graph.constant(np.array(128, np.uint8))
+            rounded = graph.node("QuantizeLinear", [value, scale, zero])[0]
+            given = [rounded, codes, scale, scales, zero, *(["", *added] if bias else [])]
+            return graph.node("MatMulIntegerToFloat", given, _MICROSOFT)[0]
+        if stored.hadamard:
+            one = graph.weight(np.ones(inputs, np.float32), f"unit_{inputs}")
+            unit, size = graph.node(
+                "SimplifiedLayerNormalization", [value, one], outputs=2, axis=-1, epsilon=1e-30, stash_type=1
+            )
+            product = graph.node("DynamicQuantizeMatMul", [unit, codes, scales], _MICROSOFT)[0]
+            result = graph.node("Div", [product, size])[0]
+            return graph.node("Add", [result, *added])[0] if bias else result
         given = [value, codes, scales, *(["", *added] if bias else [])]
         return graph.node("DynamicQuantizeMatMul", given, _MICROSOFT)[0]
     blocks = -(-inputs // stored.block_size)

@@ -30,7 +30,8 @@ class Workload:
 class Stored:
     """How a linear multiplies, as far as its time goes: 32 bits are float32; how scales are stored makes no difference.
 
-    ``dynamic``: integers times integers, with a range of the inputs found at run time.
+    ``dynamic``: integers times integers, with a range of the inputs found at run time; ``fixed``: with one that is
+    known. ``hadamard``: inputs are rotated first, in blocks of so many channels, and every token has its own size.
     """
 
     bits: int = 32
@@ -38,6 +39,8 @@ class Stored:
     symmetric: bool = True
     dynamic: bool = False
     accuracy_level: int = 0
+    fixed: bool = False
+    hadamard: int = 0
 
     @classmethod
     def of(cls, scheme: Scheme | None, accuracy_level: int) -> Stored:

@@ -14,6 +14,10 @@ Range found at run time for every token by itself (inputs whose tokens differ a 
     x', r = SimplifiedLayerNormalization(x, 1)          # r is 1 over the token's root mean square
     y     = Div(DynamicQuantizeMatMul(x', codes, scales), r);  y' = Add(y, bias)
 
+Range known beforehand, whatever the text (:attr:`compress.contracts.Linear.input_range`), r to both sides of 0::
+
+    y = com.microsoft.MatMulIntegerToFloat(QuantizeLinear(x, r / 127, 128), codes, r / 127, scales, 128, , bias)
+
 Query, key and value are one linear: nothing else here reads a value twice. Without a range of its own (``graph/
 quantize_activations.py`` gives every tensor one later) the product reads x as it is.
 """
@@ -38,6 +42,26 @@ def integer_product(
     inputs = [source, weights.part(fate, "codes"), weights.part(fate, "scales")]
     inputs += [None, bias] if bias is not None else []
     node(weights.graph, before, "DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft")
+
+
+def fixed_range(
+    weights: Weights,
+    fate: Fate,
+    bias: ir.Value | None,
+    source: ir.Value,
+    before: ir.Node,
+    output: ir.Value,
+    reach: float,
+) -> None:
+    """Insert ``output = source W^T + bias``, inputs rounded in ``[-reach, reach]`` and clipped outside of it."""
+    graph = weights.graph
+    scale = constant(graph, f"range/{reach:g}/scale", np.array(reach / 127, np.float32))
+    zero_point = constant(graph, "range/zero_point", np.array(128, np.uint8))
+    rounded = ir.Value(name=f"{output.name}/rounded")
+    node(graph, before, "QuantizeLinear", [source, scale, zero_point], [rounded])
+    inputs = [rounded, weights.part(fate, "codes"), scale, weights.part(fate, "scales"), zero_point]
+    inputs += [None, bias] if bias is not None else []
+    node(graph, before, "MatMulIntegerToFloat", inputs, [output], domain="com.microsoft")
 
 
 def row_by_row(

@@ -31,7 +31,7 @@ import onnx_ir as ir
 from compress.contracts import Linear
 from compress.errors import CompressError
 from compress.graph.rules._edit import Weights, drop, node, only_user, products, supersede
-from compress.graph.rules._integer import integer_product, row_by_row
+from compress.graph.rules._integer import fixed_range, integer_product, row_by_row
 from compress.graph.rules.rotation import turned
 from compress.planning import Fate, Plan
 
@@ -116,6 +116,8 @@ def _replace(
         _float(weights, fate, bias_value, place, output)
     elif fate.scheme.activations != "none" and linear.hadamard:
         row_by_row(weights, fate, bias_value, place.source, place.first, output)
+    elif fate.scheme.activations == "dynamic" and linear.input_range:
+        fixed_range(weights, fate, bias_value, place.source, place.first, output, linear.input_range)
     elif fate.scheme.activations != "none":
         integer_product(weights, fate, bias_value, place.source, place.first, output)
     else:
