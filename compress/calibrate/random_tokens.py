@@ -34,13 +34,13 @@ class RandomTokens:
         self, plan: Plan, checkpoint: Checkpoint, family: ForwardFamily, seed: int, stopped: threading.Event
     ) -> None:
         self._plan, self._checkpoint, self._family, self._stopped = plan, checkpoint, family, stopped
+        self._head = next(linear.name for linear in plan.decoder.linears if linear.role == "head")
         names = {linear.name for linear in plan.decoder.linears}
         self._blocks = {linear.name: linear.hadamard for linear in plan.decoder.linears if linear.hadamard}
         self._turn = next((linear.name for linear in plan.decoder.linears if linear.role == "rotation"), None)
         self._known: dict[str, FloatArray] = {}
         self._ready = {name: threading.Event() for name in names}
         self._fates = {self._statistics_name(fate): fate for fate in plan.fates if fate.kind != "vector"}
-        self._head = next(linear.name for linear in plan.decoder.linears if linear.role == "head")
         generator = np.random.default_rng(seed)
         count = min(TOKENS, plan.decoder.context_length)
         self._tokens = generator.integers(0, plan.decoder.vocab_size, count, dtype=np.int64)
