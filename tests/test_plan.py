@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import pipeline
+from compress import pipeline, rotation
 from compress.errors import CompressError, UsageError
 from compress.planning import INLINE_LIMIT, Plan, make_plan
 from compress.profile import load_profile
@@ -35,11 +35,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "float-head": ("arm-int4", "quantize.roles.head.bits=32", "quantize.roles.embedding.bits=32"),
 }
 
+#: Not of models whose norms take off the mean.
+ROTATED: dict[str, tuple[str, ...]] = {
+    "rotated-float": ("float", "quantize.rotation=residual"),
+    "rotated-int8": ("x86-int8-hybrid", "quantize.effort=fast"),
+    "rotated-int4": ("arm-int4", "quantize.rotation=residual"),
+}
+
 
 def plan_of(directory: Path, profile: str = "arm-int4", *overrides: str, config_only: bool = False) -> Plan:
     recipe = load_profile(profile, overrides)
     with open_checkpoint(str(directory), config_only=config_only) as checkpoint:
-        return make_plan(pipeline.describe(checkpoint), recipe, checkpoint)
+        seen, structure = rotation.applied(checkpoint, pipeline.describe(checkpoint), recipe)
+        return make_plan(structure, recipe, seen)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -47,13 +55,21 @@ def plan_of(directory: Path, profile: str = "arm-int4", *overrides: str, config_
 def test_predicted_bytes_come_true(
     name: str, variant: str, tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
 ) -> None:
-    plan = plan_of(tiny_model(name), *VARIANTS[variant])
-    artifact = tiny_artifact(name, *VARIANTS[variant])
+    given = (VARIANTS | ROTATED)[variant]
+    plan, artifact = plan_of(tiny_model(name), *given), tiny_artifact(name, *given)
     graph, data = ((artifact / file).stat().st_size for file in ("model.onnx", "model.onnx.data"))
     assert data == plan.data_bytes
     assert plan.predicted_bytes == pytest.approx(graph + data, rel=0.01)
     # These models are so small that their graph weighs: the prediction of it alone has to be near, too.
     assert plan.graph_bytes == pytest.approx(graph, rel=0.03)
+
+
+@pytest.mark.parametrize("variant", ROTATED)
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "mistral", "phi3"])
+def test_predicted_bytes_of_rotated_models_come_true(
+    name: str, variant: str, tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
+) -> None:
+    test_predicted_bytes_come_true(name, variant, tiny_model, tiny_artifact)
 
 
 def test_variants_differ(tiny_model: Callable[[str], Path]) -> None:

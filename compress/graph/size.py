@@ -38,6 +38,11 @@ _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
 _LONG_ROPE = (1167, 22)
 _CAST = 48
+#: What products of integers need more than a MatMulNBits: with a range of their own, a fixed one, one for every token.
+_INTEGER = {"tensor": -35, "fixed": 122, "token": 501}
+#: A rotation at run time, and what it shares with others of its kind besides its matrix; a tied head's; and what a
+#: lookup in a table that is stored as a head multiplies by it needs more than a GatherBlockQuantized.
+_ROTATION, _SHARED, _HEAD_TURN, _LOOKUP = 452, 190, 290, 390
 #: Where every tensor is of integers: the boundary, and a block with its scales, zero points and names.
 _STATIC = (10_050, 15_950)
 #: The same of each of a decoder's two graphs.
@@ -60,11 +65,31 @@ def predict_graph_bytes(plan: Plan) -> int:
         for stored in fate.stored:
             total += _entry_bytes(stored) + uses * (len(stored.name) + 2)
         total += _scales_extra(fate, plan.float_type)
+        if encoder is None and fate.tied and fate.scheme is not None and fate.scheme.activations != "none":
+            total += _LOOKUP
         if encoder is None and fate.kind == "matmul" and fate.scheme is None:
             total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
         if fate.tied and fate.scheme is not None and fate.scheme.activations == "none":
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
-    return total
+    return total if encoder is not None else total + _integer_bytes(plan)
+
+
+def _integer_bytes(plan: Plan) -> int:
+    """Return what a decoder's integer products and rotations add: nodes, and the arrays that they share."""
+    total, matrices, units, ranges = 0, set(), set(), set()
+    for linear in plan.structure.linears:
+        fate = plan.by_name.get(linear.name) or plan.by_name[plan.structure.tables[0].name]
+        dynamic = fate.scheme is not None and fate.scheme.activations == "dynamic"
+        if dynamic:
+            total += _INTEGER["token" if linear.hadamard else "fixed" if linear.input_range else "tensor"]
+            units |= {linear.in_features} if linear.hadamard else set()
+            ranges |= {linear.input_range} if linear.input_range and not linear.hadamard else set()
+        if linear.hadamard:
+            total += _ROTATION
+            matrices.add(linear.hadamard)
+        total += _HEAD_TURN if linear.role == "rotation" else 0
+    total += sum(4 * block * block + _SHARED for block in matrices)
+    return total + sum(4 * columns + 40 for columns in units) + 90 * len(ranges)
 
 
 def _static_bytes(plan: Plan, encoder: Encoder, width: int) -> int:

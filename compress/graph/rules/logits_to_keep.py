@@ -18,16 +18,17 @@ from compress.graph.rules._edit import node, producer
 
 NAME = "logits_to_keep"
 _SEQUENCE_AXIS = 1
+_PRODUCTS = ("MatMulNBits", "MatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
 def apply(graph: ir.Graph, default: int) -> int:
     """Insert the slice in front of the head; returns 1."""
     head = graph.outputs[0].producer()
-    while head is not None and head.op_type not in ("MatMulNBits", "MatMul", "DynamicQuantizeMatMul"):
+    while head is not None and head.op_type not in _PRODUCTS:
         first = head.inputs[0]
         head = first.producer() if first is not None else None
-    while head is not None and (before := producer(head.inputs[0], "MatMul")) is not None:
-        head = before  # what turns the inputs of a rotated model's head
+    while head is not None and (before := _prepares(head.inputs[0])) is not None:
+        head = before
     hidden = head.inputs[0] if head is not None else None
     if head is None or hidden is None:
         raise CompressError("the graph skeleton has no head in front of its logits")
@@ -49,6 +50,11 @@ def apply(graph: ir.Graph, default: int) -> int:
         # onnxruntime-genai allocates the logits itself, and takes a numeric length for "the last position alone".
         graph.outputs[0].shape = ir.Shape(["batch_size", default or "logits_length", shape[2]])
     return 1
+
+
+def _prepares(value: ir.Value | None) -> ir.Node | None:
+    """Return what turns a rotated model's head's inputs, or rounds them; ``None`` of a norm's output."""
+    return producer(value, "MatMul") or producer(value, "QuantizeLinear")
 
 
 def _constant(name: str, value: list[int]) -> ir.Value:
