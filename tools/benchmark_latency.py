@@ -44,8 +44,17 @@ CASES = (
     "minilm:x86-int8",
     f"{PRUNED}:float",
     f"{PRUNED}:x86-int8",
+    "geometry/distilbert:x86-int8",
     "smollm2:float",
     "smollm2:x86-int4",
+    "smollm2:x86-int4-mixed",
+    "smollm2:x86-int8",
+    "smollm2:arm-int4",
+    "geometry/gpt2:float",
+    "geometry/gpt2:x86-int4",
+    "geometry/tinyllama,num_hidden_layers=4:x86-int4",
+    "geometry/tinyllama,num_hidden_layers=4:arm-int4",
+    "geometry/phi-3,num_hidden_layers=2:arm-int4",
 )
 
 
@@ -103,8 +112,10 @@ def export(reference: str, profile: str, place: Path, threads: int) -> tuple[Pat
     with model.open() as checkpoint:
         structure = pipeline.describe(checkpoint)
     output = place / "artifact"
-    pipeline.export(model, recipe, output, pipeline.ExportOptions(validate=False, threads=threads), Stages())
-    return output / "model.onnx", geometry_of(structure, recipe), isinstance(structure, Decoder)
+    made = pipeline.export(model, recipe, output, pipeline.ExportOptions(validate=False, threads=threads), Stages())
+    # What calibration kept in float32 is known only now.
+    whole = [item["name"] for item in made.manifest["tensors"] if item["storage"] == "float32"]
+    return output / "model.onnx", geometry_of(structure, recipe, keep_float=whole), isinstance(structure, Decoder)
 
 
 class Whole:
