@@ -1,4 +1,4 @@
-"""Predicted speed in plans, and what is said of an artifact that is slower than float32: at a plan, and at an export."""
+"""Predicted speed in plans, and what plans and exports say of an artifact that is slower than float32."""
 
 from __future__ import annotations
 

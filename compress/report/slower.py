@@ -1,4 +1,4 @@
-"""What a reader must know of an artifact that is slower than the same model in float32: in what, by how much, what else.
+"""What a reader must know of an artifact that is slower than its source in float32: in what, by how much, what else.
 
 Small is not fast: on most x86 processors, products with weights in blocks of 4 or 8 bits read a prompt more slowly than
 float32 ones, however much faster they decode.
