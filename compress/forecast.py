@@ -110,7 +110,7 @@ def _digits(value: float) -> float:
 
 def _workloads(structure: Structure) -> Mapping[str, Workload]:
     """Return what is run, in the order of a user's wait: the prompt, then its answer."""
-    return dict(reversed(standard_workloads(decoder=isinstance(structure, Decoder)).items()))
+    return dict(reversed(list(standard_workloads(decoder=isinstance(structure, Decoder)).items())))
 
 
 def _pair(plan: Plan, source: Structure, profile: Profile) -> tuple[Geometry, Geometry]:
