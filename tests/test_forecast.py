@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 import compress
-from compress import cli, forecast
+from compress import cli, forecast, pipeline
 from compress.latency import LatencyModel
 from compress.latency.parts import Attention, Empty, FeedForward, Point
 from compress.package import manifest
+from compress.planning import make_plan
+from compress.profile import Profile, load_profile
 from compress.report import slower
 from compress.report.model import EncoderSpeed, Rate, Speed
+from compress.source import open_checkpoint
 
 Model = Callable[[str], Path]
 Run = Callable[..., tuple[str, str]]
@@ -179,6 +182,35 @@ def test_what_was_measured_goes_before_what_is_predicted() -> None:
     assert slower.sentence(slower.measured(speed(prefill_speedup_vs_onnx_float=0.996))) is None
     assert slower.measured(speed(evidence="simulated")) == (), "a simulator's time is no device's"
     assert slower.measured(speed(speedup_vs_onnx_float=None, prefill_speedup_vs_onnx_float=None)) == ()
+
+
+def test_a_validated_export_tells_what_was_measured(tiny_model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_profile("x86-int4")
+    with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
+        structure = pipeline.describe(checkpoint)
+        plan = make_plan(structure, recipe, checkpoint)
+
+    def told(profile: Profile = recipe, **changes: Any) -> list[str]:
+        report = {
+            "schema_version": 2,
+            "verdict": {"status": "pass", "reasons": []},
+            "size": {"artifact_bytes": 1},
+            "environment": {
+                "versions": {}, "cpu": "", "cores": 1, "instruction_sets": [], "os": "", "architecture": "",
+            },
+            "speed": [speed(**changes).model_dump(mode="json")],
+        }  # fmt: skip
+        caplog.clear()
+        forecast.warn_of_export(plan, structure, profile, 1, report)
+        return [record.getMessage() for record in caplog.records]
+
+    (only,) = told()
+    assert only.startswith("x86-int4: it reads a prompt of 128 tokens at 0.62 times") and "(measured)" in only
+    assert told(prefill_speedup_vs_onnx_float=1.2) == []
+    # Nothing beside float32 was measured, and nothing is known: that is said; of another processor's, nothing is.
+    (only,) = told(speedup_vs_onnx_float=None, prefill_speedup_vs_onnx_float=None)
+    assert "was not measured" in only
+    assert told(load_profile("cuda-int4")) == []
 
 
 def test_an_encoders_slow_points_are_named() -> None:
