@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,7 +185,10 @@ def test_what_was_measured_goes_before_what_is_predicted() -> None:
     assert slower.measured(speed(speedup_vs_onnx_float=None, prefill_speedup_vs_onnx_float=None)) == ()
 
 
-def test_a_validated_export_tells_what_was_measured(tiny_model: Model, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_validated_export_tells_what_was_measured(
+    tiny_model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("compress"), "propagate", True)  # the command line sets it otherwise
     recipe = load_profile("x86-int4")
     with open_checkpoint(str(tiny_model("llama"))) as checkpoint:
         structure = pipeline.describe(checkpoint)
