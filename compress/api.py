@@ -20,7 +20,7 @@ from compress.api_artifact import load_report as load_report
 from compress.api_artifact import validate as validate
 from compress.api_sweep import sweep as sweep
 from compress.catalog import CatalogEntry
-from compress.plan_document import PlanDocument
+from compress.plan_document import PlanDocument, PredictedSpeed
 from compress.profile import Profile, available_profiles, load_profile
 from compress.progress import Stages
 from compress.report.model import Report, Verdict
@@ -168,12 +168,13 @@ def plan(
     adapter: AnyPath | None = None,
     revision: str | None = None,
     task: str | None = None,
+    speed: bool = False,
     progress: bool = False,
 ) -> PlanDocument:
     """Say what an export would do - sizes, memory, bits of every tensor - from the config alone: ``compress plan``.
 
     Where the profile chooses bits under a budget, every tensor's errors are measured on the calibration text, as an
-    export would; that takes minutes.
+    export would; that takes minutes. ``speed`` measures too, once: parts of the model, on this machine, for seconds.
 
     Args:
         model: As in :func:`export`.
@@ -181,10 +182,11 @@ def plan(
         overrides: Keys of the profile to change, each ``"KEY=VALUE"``.
         calibration_text: Read only where bits are chosen under a budget.
         seed: Seed of everything random.
-        threads: Threads that the memory is predicted for, by default all cores.
+        threads: Threads that memory and speed are predicted for, by default all cores.
         adapter: A PEFT LoRA adapter's directory to merge.
         revision: Branch, tag or commit of a hub id.
         task: What the model shall do; by default what its architecture is for.
+        speed: Predict how fast it would be on this machine, beside float32 ONNX; a profile for its processor only.
         progress: Show stages on standard error.
 
     Raises:
@@ -212,9 +214,27 @@ def plan(
         threads=arguments.thread_count(threads),
     )
     reference = arguments.reference(model, adapter, revision, task)
-    with pipeline.planned(reference, recipe, options, Stages(show=progress)) as found:
-        document = plan_document(found.plan, recipe, found.checkpoint, options.threads, found.allocation)
+    if speed:
+        from compress import forecast
+
+        forecast.check(recipe)
+    stages, predicted = Stages(show=progress), None
+    with pipeline.planned(reference, recipe, options, stages) as found:
+        if speed:
+            predicted = _predicted_speed(found, recipe, options.threads, stages)
+        document = plan_document(found.plan, recipe, found.checkpoint, options.threads, found.allocation, predicted)
     return PlanDocument.model_validate(document)
+
+
+def _predicted_speed(found: pipeline.Planned, recipe: Profile, threads: int, stages: Stages) -> PredictedSpeed:
+    """Predict, and say what would be slower than float32."""
+    from compress import forecast
+
+    source = pipeline.describe(found.checkpoint)
+    with stages.stage("speed") as meter:
+        predicted = forecast.predict(found.plan, source, recipe, threads, lambda part: meter(part, 1.0))
+    forecast.warn(found.plan, recipe, predicted)
+    return predicted
 
 
 def prune_model(

@@ -289,6 +289,10 @@ def _export(
     pages.write(directory, record, origin, report)
     record = manifest.write_manifest(directory, record, status=status, known=billed)
     space.finish({"code": code, "proof": building.proof_basis(options)})
+    from compress import forecast
+
+    # Said at the end, where it is read, and in no file but the report's: what one machine knows is not the artifact's.
+    forecast.warn_of_export(plan, describe(origin), profile, options.threads, report)
     return ExportResult(space.output, record, report, code)
 
 

@@ -43,8 +43,35 @@ class PlannedTensor(_Strict):
     bytes: int
 
 
+class PredictedRun(_Strict):
+    """A run of the artifact, and of the source in float32 ONNX, as predicted; ``speedup`` above 1 is faster.
+
+    ``run``: ``prefill`` and ``decode`` of a decoder, ``latency`` of an encoder; ``batch`` sequences of ``tokens`` new
+    tokens after ``past`` ones.
+    """
+
+    run: str
+    batch: int
+    tokens: int
+    past: int
+    ms: float
+    float_ms: float
+    tokens_per_second: float
+    float_tokens_per_second: float
+    speedup: float
+
+
+class PredictedSpeed(_Strict):
+    """How fast the artifact would be on this machine, added up from measured parts (docs/performance.md)."""
+
+    cpu: str
+    onnxruntime: str
+    threads: int
+    runs: tuple[PredictedRun, ...]
+
+
 class PlanDocument(_Strict):
-    """What an export would do. Sizes in bytes; nothing here was measured, but for ``allocation``.
+    """What an export would do. Sizes in bytes; nothing was measured but for ``allocation`` and ``predicted_speed``.
 
     Attributes:
         schema_version: 1.
@@ -60,6 +87,7 @@ class PlanDocument(_Strict):
         predicted_calibration_seconds: On this machine; ``None`` where nothing is calibrated.
         tensors: Every tensor's fate.
         allocation: How bits were chosen under a budget, by errors that were measured; ``None`` where roles decide.
+        predicted_speed: On this machine, from parts that were measured on it; ``None`` where it was not asked for.
     """
 
     schema_version: Literal[1]
@@ -75,3 +103,4 @@ class PlanDocument(_Strict):
     predicted_calibration_seconds: float | None
     tensors: tuple[PlannedTensor, ...]
     allocation: Allocation | None = None
+    predicted_speed: PredictedSpeed | None = None

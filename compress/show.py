@@ -9,6 +9,7 @@ from compress import resources
 from compress.calibrate.estimate import estimate
 from compress.catalog import CatalogEntry
 from compress.contracts import Checkpoint, Encoder
+from compress.plan_document import PredictedSpeed
 from compress.planning import Fate, Plan
 from compress.profile import Profile
 from compress.quantize.scheme import scheme_name
@@ -21,11 +22,17 @@ from compress.validation.artifact import DECODING
 
 
 def plan_document(
-    plan: Plan, profile: Profile, checkpoint: Checkpoint, threads: int, allocation: Allocation | None = None
+    plan: Plan,
+    profile: Profile,
+    checkpoint: Checkpoint,
+    threads: int,
+    allocation: Allocation | None = None,
+    speed: PredictedSpeed | None = None,
 ) -> dict[str, Any]:
     """Return the plan as JSON-able data; sizes in bytes.
 
     ``allocation`` is how the plan's bits were chosen, where they were (:func:`compress.report.allocation.summarize`).
+    ``speed`` is what was predicted (:mod:`compress.forecast`).
     """
     prediction = resources.predict(plan, profile, threads)
     calibrating = estimate(plan, profile, threads)
@@ -61,6 +68,7 @@ def plan_document(
             for fate in plan.fates
         ],
         "allocation": None if allocation is None else allocation.model_dump(mode="json"),
+        "predicted_speed": None if speed is None else speed.model_dump(mode="json"),
     }
 
 
@@ -101,9 +109,26 @@ def plan_text(document: Mapping[str, Any]) -> str:
         seconds = document["predicted_calibration_seconds"]
         shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         lines.append(f"calibration       {shown} on this machine")
+    if document.get("predicted_speed") is not None:
+        lines += _speed_lines(PredictedSpeed.model_validate(document["predicted_speed"]))
     if document.get("allocation") is not None:
         lines += ["", *allocation_lines(Allocation.model_validate(document["allocation"]))]
     return "\n".join(lines) + "\n"
+
+
+def _speed_lines(speed: PredictedSpeed) -> list[str]:
+    lines = []
+    for run in speed.runs:
+        tokens = f"{run.batch} x {run.tokens} tokens"
+        if run.run == "latency":
+            lines.append(f"{run.run:<18}{run.ms:g} ms for {tokens}, {run.speedup:.2f}x float32 ONNX's speed")
+            continue
+        work = "after" if run.past else "on a prompt of"
+        rate = f"{run.tokens_per_second:g} tokens/s {work} {run.past or run.tokens} tokens"
+        lines.append(f"{run.run:<18}{rate}, {run.speedup:.2f}x float32 ONNX's {run.float_tokens_per_second:g}")
+    threads = f"{speed.threads} thread{'s' * (speed.threads != 1)}"
+    lines.append(f"{'':<18}predicted for this machine: {threads}, {speed.cpu}, onnxruntime {speed.onnxruntime}")
+    return lines
 
 
 def allocation_lines(allocation: Allocation) -> list[str]:

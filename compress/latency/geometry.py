@@ -127,20 +127,16 @@ def geometry_of(
     Args:
         structure: The model's.
         profile: How its linears are stored.
-        schemes: Schemes of linears, by name, that go before the profile's.
+        schemes: Schemes of linears and tables, by name, that go before the profile's.
         keep_float: Linears, by name, that stay float32.
 
     Raises:
-        UsageError: The profile is for another processor, or its graph is of fixed shapes.
+        UsageError: The profile is for another processor, or its graph is of fixed shapes or float16.
     """
-    if profile.provider != "cpu" or profile.graph.static_length is not None:
-        raise UsageError(
-            f"profile {profile.name} is not for this machine's processor: its time cannot be predicted here",
-            hint="choose a profile whose provider is cpu: compress profiles",
-        )
+    require_local(profile)
     quantize = profile.quantize.for_decoders() if isinstance(structure, Decoder) else profile.quantize
     given = schemes or {}
-    if quantize.rotation != "none" and not any(linear.hadamard for linear in structure.linears):
+    if quantize.rotation != "none" and not any(linear.input_range for linear in structure.linears):
         structure = rotated(structure)
 
     def stored(linear: Linear) -> Stored:
@@ -151,7 +147,7 @@ def geometry_of(
     blocks = [(linear, stored(linear)) for linear in structure.linears if linear.layer is not None]
     storage = _storage(structure, blocks)
     kv_heads = structure.kv_heads if isinstance(structure, Decoder) else structure.heads
-    head, pieces = _head(structure, quantize, stored)
+    head, pieces = _head(structure, quantize, stored, given)
     first = Geometry(
         style=_style(structure, profile, blocks),
         hidden=structure.hidden_size,
@@ -160,12 +156,26 @@ def geometry_of(
         group=structure.heads // kv_heads,
         head_dim=structure.head_dim,
         storage=storage,
-        ends=_ends(structure, quantize, stored, padding=any(kind.qkv.dynamic for kind, _ in storage)),
+        ends=_ends(structure, quantize, stored, given, padding=any(kind.qkv.dynamic for kind, _ in storage)),
         head=head,
         pieces=pieces,
         footprint=0,
     )
     return replace(first, footprint=sum(part.nbytes * count for part, count in first.parts().items()))
+
+
+def require_local(profile: Profile) -> None:
+    """Refuse a profile of whose graphs this machine's processor has no parts to measure.
+
+    Raises:
+        UsageError: It is for another processor, or its graph is of fixed shapes or float16.
+    """
+    graph = profile.graph
+    if profile.provider != "cpu" or graph.static_length is not None or graph.float_type != "float32":
+        raise UsageError(
+            f"profile {profile.name} is not for this machine's processor: its time cannot be predicted here",
+            hint="choose a profile whose provider is cpu, of float32 between its products: compress profiles",
+        )
 
 
 def _style(structure: Structure, profile: Profile, blocks: list[tuple[Linear, Stored]]) -> Style:
@@ -210,13 +220,16 @@ def _shares(storage: tuple[tuple[BlockStorage, int], ...], layers: int) -> tuple
     return tuple((kind, count) for (kind, _), count in zip(storage, kept, strict=True) if count)
 
 
-def _head(structure: Structure, quantize: Quantize, stored: _StoredOf) -> tuple[Product | None, int]:
+def _head(
+    structure: Structure, quantize: Quantize, stored: _StoredOf, given: Mapping[str, Scheme]
+) -> tuple[Product | None, int]:
     linear = next((linear for linear in structure.linears if linear.role == "head"), None)
     if linear is None:
         return None, 0
     way = stored(linear)
     if structure.tied and not way.dynamic:  # it multiplies by the table's own bytes, in whole blocks
-        scheme = quantize.scheme("embedding")
+        table = next(table for table in structure.tables if table.role == "token")
+        scheme = given.get(table.name) or quantize.scheme("embedding")
         if scheme is not None and scheme.block_size == 0:
             whole = [size for size in BLOCK_SIZES if linear.in_features % size == 0]
             scheme = replace(scheme, block_size=whole[-1]) if whole else quantize.scheme("head")
@@ -238,9 +251,14 @@ def _pieces(head: Product) -> tuple[Product, int]:
     return replace(head, outputs=-(-head.outputs // count)), count
 
 
-def _ends(structure: Structure, quantize: Quantize, stored: _StoredOf, *, padding: bool) -> Ends:
+def _ends(
+    structure: Structure, quantize: Quantize, stored: _StoredOf, given: Mapping[str, Scheme], *, padding: bool
+) -> Ends:
     roles: Mapping[str, Role] = {"token": "embedding", "position": "position"}
-    schemes = [quantize.scheme(roles[table.role]) if table.role in roles else None for table in structure.tables]
+    schemes = [
+        given.get(table.name) or (quantize.scheme(roles[table.role]) if table.role in roles else None)
+        for table in structure.tables
+    ]
     task = structure.task if isinstance(structure, Encoder) else ""
     products = tuple(
         Product(

@@ -132,6 +132,10 @@ class LatencyModel:
         points = [point for geometry in geometries for point in points_of(geometry, workload)]
         self._ensure(list(dict.fromkeys(points)))
 
+    def knows(self, geometry: Geometry, workload: Workload) -> bool:
+        """Return whether a prediction would measure nothing."""
+        return all(point.key in self._known for point in points_of(geometry, workload))
+
     def _part(self, part: Part, workload: Workload, geometry: Geometry) -> float:
         return sum(
             weight * self._own(_point(neighbour, workload, geometry.footprint))

@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.package.staging import write_file
 from compress.package.tree import sha256
-from compress.report import html, measured
+from compress.report import html, measured, slower
 from compress.report.model import Report
 from compress.report.origin import CARD_NAME, Origin, origin
 from compress.report.reproduce import reproduction
@@ -228,6 +228,10 @@ def _limits(record: Mapping[str, Any], report: Report | None) -> Iterator[str]:
     warning = report.calibration.warning() if report and report.calibration else None
     if warning is not None:
         yield f"- {escaped(warning)}."
+    for speed in report.speed if report else ():
+        slow = slower.sentence(slower.measured(speed))
+        if slow is not None:
+            yield f"- On {code(speed.provider)} {slow}."
     for item in report.providers if report else ():
         if item.evidence != "measured":
             yield f"- {code(item.provider)}: {escaped(EVIDENCE[item.evidence])}."

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from compress import pipeline
-from compress.contracts import Structure
+from compress.contracts import Scheme, Structure
 from compress.errors import UsageError
 from compress.latency import Geometry, Workload, geometry_of, standard_workloads
 from compress.latency.graphs import Graph, Noise, build
@@ -126,8 +126,22 @@ def test_ways_of_storage_keep_their_shares_when_layers_go(tiny_model: Callable[[
     assert mixed.resized(layers=1).storage == mixed.storage[:1][:0] + ((mixed.storage[0][0], 1),)
 
 
+def test_an_assignment_goes_before_the_profile(tiny_model: Callable[[str], Path]) -> None:
+    structure, profile = structure_of(tiny_model("llama")), load_profile("x86-int4")
+    down = [linear.name for linear in structure.linears if linear.role == "down"][0]
+    table = next(table.name for table in structure.tables)
+    eight = Scheme(8, 64, symmetric=True)
+    chosen = geometry_of(structure, profile, schemes={down: eight, table: eight})
+    assert sorted((kind.down.bits, count) for kind, count in chosen.storage) == [(4, 2), (8, 1)]
+    # A tied head multiplies by the table's bytes, whatever the head's own scheme would be.
+    assert chosen.head is not None and (chosen.head.stored.bits, chosen.head.stored.block_size) == (8, 64)
+    assert chosen.ends.tables[0][1] == 8
+    plain = geometry_of(structure, profile)
+    assert plain.head is not None and (plain.head.stored.bits, plain.ends.tables[0][1]) == (4, 4)
+
+
 def test_a_profile_for_another_processor_is_refused(tiny_model: Callable[[str], Path]) -> None:
-    for profile in ("npu-qnn-int8", "cuda-int4"):
+    for profile in ("npu-qnn-int8", "cuda-int4", "web-int4-fp16"):
         with pytest.raises(UsageError, match="not for this machine's processor"):
             geometry(tiny_model("bert:embedding"), profile)
     with pytest.raises(UsageError, match="fixed input ranges"):

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from compress.package import manifest
 from compress.profile import load_profile
 from compress.report import card
-from compress.report.model import Report
+from compress.report.model import Report, Speed
 from compress.report.origin import origin
 from compress.report.snippets import snippets
 
@@ -79,6 +79,21 @@ def test_numbers_are_the_reports(name: str, report: dict[str, Any], tiny_artifac
     }[name]  # fmt: skip
     for fact in facts:
         assert fact in found.text or card.escaped(fact) in found.text or fact == "256 texts", fact
+
+
+def test_a_card_names_what_is_slower(tiny_artifact: Callable[..., Path]) -> None:
+    made = Report.model_validate(full_reports.DECODER)
+    (own,) = made.speed
+    assert isinstance(own, Speed)
+
+    def page(prefill: float) -> str:
+        changed = own.model_copy(update={"prefill_speedup_vs_onnx_float": prefill})
+        artifact = tiny_artifact("llama")
+        report = made.model_copy(update={"speed": (changed,)})
+        return card.card(artifact, manifest.read_manifest(artifact), report, None)
+
+    assert f"- On `cpu` it reads a prompt of {own.prompt_tokens} tokens at 0.62 times the speed" in page(0.62)
+    assert "times the speed of float32 ONNX" not in page(1.5)
 
 
 @pytest.mark.parametrize(
