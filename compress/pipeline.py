@@ -208,29 +208,29 @@ def _export(
     adapter = model.adapter if made is None else made.reference.adapter
     with stages.stage("plan"):
         require_tokenizer(checkpoint)
-        checkpoint, structure = rotation.applied(checkpoint, describe(checkpoint), profile)
+        view, structure = rotation.applied(checkpoint, describe(checkpoint), profile)
         task = structure.task if isinstance(structure, Encoder) else "text-generation"
         checks.check_labels(structure, checkpoint.config, options)
         checks.check_tokenizer(checkpoint)
         if options.validate and isinstance(structure, Encoder):
             check_length(structure.context_length, profile.validation.max_length)
         pool = pooling.resolve(structure, profile, checkpoint)
-        plan = make_plan(structure, profile, checkpoint)
+        plan = make_plan(structure, profile, view)
         checks.check_plan(plan, profile)
         checks.check_calibration(plan, profile, options)
-        wish = Wish(checkpoint, plan, profile)
+        wish = Wish(view, plan, profile)
         targets = _targets(profile, structure)
         for target in targets:
             target.check(wish)  # what is damaged is found out now, not after the weights
         _require(wish, targets, space, options)
     digests = building.digests(origin, kept)
-    calibration = _calibration(model, checkpoint, plan, profile, options)
-    decoding = _decoding(model, checkpoint, plan, profile, options, directory, kept)
+    calibration = _calibration(model, view, plan, profile, options)
+    decoding = _decoding(model, view, plan, profile, options, directory, kept)
     if decoding is not None:
         plan = calibrate_decoder(decoding, plan, stages)
-        _require(Wish(checkpoint, plan, profile), targets, space, options)
+        _require(Wish(view, plan, profile), targets, space, options)
     built = build(
-        checkpoint,
+        view,
         plan,
         profile,
         directory,
@@ -240,7 +240,7 @@ def _export(
         pool=pool,
         calibration=calibration,
         decoding=decoding,
-        activations=_activations(checkpoint, structure, profile, options),
+        activations=_activations(view, structure, profile, options),
         kept=kept,
     )
     record = manifest.build_manifest(

@@ -78,7 +78,7 @@ def hadamard(size: int) -> FloatArray:
     matrix = np.ones((1, 1), np.float64)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    result = (matrix / np.sqrt(size)).astype(np.float32)
+    result: FloatArray = (matrix / np.sqrt(size)).astype(np.float32)
     result.flags.writeable = False
     return result
 

@@ -25,4 +25,4 @@ def rotate_inputs(model: StreamedModel, structure: Structure) -> None:
 def _turned(matrix: torch.Tensor, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     del module
     inputs, *rest = given
-    return (torch.matmul(inputs.unflatten(-1, (-1, len(matrix))), matrix).flatten(-2), *rest)
+    return (torch.matmul(inputs.reshape(*inputs.shape[:-1], -1, len(matrix)), matrix).flatten(-2), *rest)

@@ -58,6 +58,7 @@ class RotatedCheckpoint:
 
     def __init__(self, source: Checkpoint, decoder: Decoder, changed: Decoder) -> None:
         self._source, self._decoder = source, decoder
+        self._directory: Path | None = None
         self._stream = Rotation(decoder.hidden_size, "residual stream")
         self._value = Rotation(decoder.head_dim, "values")
         self._places = places(decoder)
@@ -73,7 +74,11 @@ class RotatedCheckpoint:
     @property
     def directory(self) -> Path:
         """The source's directory: its config is not the view's."""
-        return self._source.directory
+        return self._directory or self._source.directory
+
+    @directory.setter
+    def directory(self, path: Path) -> None:
+        self._directory = path
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor's header; those that the source has not take no bytes of it."""
