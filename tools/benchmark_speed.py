@@ -113,7 +113,8 @@ class Worker:
     def _answer(self, answers: TextIO) -> dict[str, Any]:
         line = answers.readline()
         if not line:
-            code = self._process.wait()
+            self.close()
+            code = self._process.returncode
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
             raise SystemExit(f"{self.name}: its process ended with exit code {code}\n{tail}")
         answer: dict[str, Any] = json.loads(line)
@@ -121,13 +122,15 @@ class Worker:
 
     def round(self) -> dict[str, Any]:
         """Return one round's seconds."""
-        self._requests.write("round\n")
-        self._requests.flush()
+        with contextlib.suppress(BrokenPipeError):  # that it has ended is seen at its answer
+            self._requests.write("round\n")
+            self._requests.flush()
         return self._answer(self._answers)
 
     def close(self) -> None:
         """End the process."""
-        self._requests.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
         self._answers.close()
         try:
             self._process.wait(timeout=30)
