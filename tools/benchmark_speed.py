@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from benchmark_encoder import instructions
 from benchmark_export import describe
@@ -110,7 +110,7 @@ class Worker:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self.facts: dict[str, Any] = self._answer(self._answers)
 
-    def _answer(self, answers: TextIO) -> dict[str, Any]:
+    def _answer(self, answers: IO[str]) -> dict[str, Any]:
         line = answers.readline()
         if not line:
             self.close()
