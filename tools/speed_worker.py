@@ -8,6 +8,8 @@ A contender in llama.cpp runs in another environment's Python: what both need st
 
 Fairness. All get the same random token ids and nothing is sampled. A prompt is fed at once and only the last position's
 logits are asked for, which a graph may not be able to leave out (``all_positions``). Then tokens follow one by one.
+ONNX Runtime makes a new cache of every step here, a copy of the last one and a position, as it does for any graph whose
+caller does not share buffers; llama.cpp writes into the one it has.
 """
 
 from __future__ import annotations
