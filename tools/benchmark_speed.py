@@ -15,8 +15,8 @@ Both ONNX contenders run in this environment's plain onnxruntime with the same s
 adds some to ours. Every contender has its own process, loads once, warms up and waits; then rounds are interleaved and
 their order is turned about, so that a drift of the machine favours nobody, and ratios are taken within a round. A round
 times each prompt and then `--new` tokens one by one behind the first of the prompts. What `--work` keeps is used again
-as long as nothing it was made from has changed. Nothing else should run: the machine line tells the load at the start
-and at the end.
+as long as nothing it was made from has changed. Nothing else should run: what other processes had of the processors
+meanwhile is measured and told.
 """
 
 from __future__ import annotations
@@ -28,52 +28,25 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from benchmark_encoder import instructions
 from benchmark_export import describe
 from llama_gguf import ARCHITECTURES, TYPES
-from measured_export import BUILDER_PINS, MB, Missing, default_cache, machine
+from measured_export import BUILDER_PINS, Missing, default_cache, machine
+from processor_time import Others
 from roofline import last_level_cache, read_bandwidth
-from speed_contenders import GROUPS, LLAMA_CMAKE, LLAMA_PINS, Contender, gather, split_settings
+from speed_contenders import GROUPS, Contender, gather, split_settings
+from speed_report import rates, section
 
 #: Threads that wait for work spin for a while; the next contender shall not share the cores with them.
 PAUSE_SECONDS = 0.3
-
-#: Metric -> tokens a second, of one contender in one round.
-Rates = dict[str, float]
-
-
-# ------------------------------------------------------------------------------------------------------- arithmetic
-
-
-def rates(answer: Mapping[str, Any]) -> Rates:
-    """Return a round's tokens a second: of each prompt, and of tokens one by one, from the medians of its times."""
-    found = {f"prefill {length}": int(length) / statistics.median(times) for length, times in answer["prefill"].items()}
-    return found | {"decode": 1 / statistics.median(answer["decode"])}
-
-
-def ratios(rounds: Sequence[Mapping[str, Rates]], ours: str, peer: str) -> dict[str, list[float]]:
-    """Return for every metric the ratio ``ours / peer`` in each round."""
-    return {metric: [each[ours][metric] / each[peer][metric] for each in rounds] for metric in rounds[0][ours]}
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return the median and, of several values, the range."""
-    middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def decode_rate(rounds: Sequence[Mapping[str, Rates]], name: str) -> float:
-    """Return a contender's median tokens a second."""
-    return statistics.median(each[name]["decode"] for each in rounds)
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -108,6 +81,7 @@ class Worker:
             )
         assert self._process.stdin and self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
         self.facts: dict[str, Any] = self._answer(self._answers)
 
     def _answer(self, answers: IO[str]) -> dict[str, Any]:
@@ -156,130 +130,25 @@ def start(
     return workers, missing
 
 
-def measure(workers: Sequence[Worker], rounds: int) -> list[dict[str, Any]]:
-    """Return round -> contender -> its answer."""
-    found = []
-    for number in range(rounds):
+def measure(workers: Sequence[Worker], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float]]:
+    """Return round -> contender -> its answer and ``others``, what others had of the processors; and bandwidths.
+
+    The memory's rate is measured before the first round and after each: the machine's is the best of them.
+    """
+    found, bandwidths = [], [read_bandwidth(options.threads)]
+    pids = [worker.pid for worker in workers]
+    for number in range(options.rounds):
         answers = {}
         for worker in workers if number % 2 == 0 else list(reversed(workers)):
             time.sleep(PAUSE_SECONDS)
-            answers[worker.name] = worker.round()
+            others = Others(pids)
+            answers[worker.name] = worker.round() | {"others": others.share()}
             told = ", ".join(f"{metric} {value:.1f}" for metric, value in rates(answers[worker.name]).items())
-            print(f"round {number + 1} of {rounds}: {worker.name}: {told} tokens/s", file=sys.stderr)
+            taken = f"others had {answers[worker.name]['others']:.0%} of the processors"
+            print(f"round {number + 1} of {options.rounds}: {worker.name}: {told} tokens/s; {taken}", file=sys.stderr)
         found.append(answers)
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------- report
-
-
-def speed_table(document: Mapping[str, Any], rounds: Sequence[Mapping[str, Rates]]) -> str:
-    """Return a Markdown table of tokens a second, a row for each contender."""
-    metrics = list(next(iter(rounds[0].values())))
-    head = ["contender", "MB", *(f"{metric}, tokens/s" for metric in metrics), "peak, MB", "logits of a prompt"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, facts in document["contenders"].items():
-        cells = [f"`{name}`", f"{facts['bytes'] / MB:.1f}"]
-        cells += [spread([each[name][metric] for each in rounds], 1) for metric in metrics]
-        cells += [f"{facts['peak_rss_bytes'] / MB:.0f}", "all positions" if facts["all_positions"] else "the last"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def ratio_table(document: Mapping[str, Any], rounds: Sequence[Mapping[str, Rates]]) -> str:
-    """Return a Markdown table of our speed over each peer's, empty without either."""
-    groups = {name: facts["group"] for name, facts in document["contenders"].items()}
-    mine = [name for name, group in groups.items() if group == "ours"]
-    peers = [name for name, group in groups.items() if group != "ours"]
-    if not mine or not peers:
-        return ""
-    metrics = list(rounds[0][mine[0]])
-    head = ["ours / peer", *metrics]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in mine:
-        for peer in peers:
-            cells = [spread(values, 2) for values in ratios(rounds, name, peer).values()]
-            lines.append(f"| `{name}` / `{peer}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def roofline_table(document: Mapping[str, Any], rounds: Sequence[Mapping[str, Rates]]) -> str:
-    """Return a Markdown table: bytes of weights a token, the rate they are read at, and its share of the memory's."""
-    bandwidth = document["bandwidth"]
-    lines = ["| contender | MB a token | decode, GB/s | share of the memory's rate |", "|---|---|---|---|"]
-    for name, facts in document["contenders"].items():
-        rate = facts["token_bytes"] * decode_rate(rounds, name)
-        share = f"{100 * rate / bandwidth:.0f} %"
-        lines.append(f"| `{name}` | {facts['token_bytes'] / MB:.1f} | {rate / 1e9:.2f} | {share} |")
-    return "\n".join(lines)
-
-
-def roofline_notes(document: Mapping[str, Any]) -> list[str]:
-    """Say what the memory's rate is and where it bounds nothing."""
-    cache, threads = document["cache"], document["threads"]
-    lines = [
-        f"The memory's rate: {document['bandwidth'] / 1e9:.1f} GB/s, the best of several reads of 2 GiB with {threads} "
-        "threads. A token's bytes are the weights as they lie in the file, without tables that rows are only looked up "
-        "in, scales at their stored width (ONNX Runtime widens them to float32), and without the key/value cache"
-    ]
-    small = [name for name, facts in document["contenders"].items() if cache and facts["token_bytes"] < cache]
-    if small:
-        lines.append(
-            f"The last level's cache is {cache / MB:.0f} MB: the memory's rate does not bound "
-            + ", ".join(f"`{name}`" for name in small)
-        )
-    return lines
-
-
-def llama_notes(document: Mapping[str, Any]) -> list[str]:
-    """Say how llama.cpp was built and what it logged of its attention and buffers."""
-    facts = next((each for each in document["contenders"].values() if each["kind"] == "llama"), None)
-    if facts is None:
-        return []
-    flash = "used" if facts["flash_attention"] else "not used"
-    buffers = [" ".join(line.split(": ", 1)[-1].split()) for line in facts["log"] if "model buffer size" in line]
-    return [
-        f"llama.cpp: {', '.join(LLAMA_PINS)} compiled here with `{LLAMA_CMAKE}`, its own defaults; "
-        f"flash attention: {flash}",
-        f"llama.cpp's buffers: {'; '.join(buffers)}; every matrix of the GGUF has the same type",
-        f"llama.cpp's system: {facts['system']}",
-    ]
-
-
-def section(document: Mapping[str, Any]) -> str:
-    """Return the Markdown section."""
-    rounds = [{name: rates(answer) for name, answer in each.items()} for each in document["rounds"]]
-    lines = [f"### Speed beside peers: {document['checkpoint']}, {document['date']}", ""]
-    lines += [speed_table(document, rounds), ""]
-    if table := ratio_table(document, rounds):
-        lines += [table, "", "Ratios within a round; above 1 ours is faster.", ""]
-    lines += [roofline_table(document, rounds), ""]
-    prompts = document["prompts"]
-    lines += [
-        f"- Input: {document['input']}",
-        f"- {document['threads']} threads; medians of {len(rounds)} interleaved rounds, with the range; decode: "
-        f"{document['new']} tokens one by one behind {prompts[0]}, the median of them in each round; random token ids",
-    ]
-    lines += [f"- {note}" for note in (*roofline_notes(document), *llama_notes(document))]
-    lines += [f"- Session entries of ours: {document['session']}"] if document["session"] else []
-    made = {name: facts["day"] for name, facts in document["contenders"].items() if facts["day"]}
-    lines += [f"- Made earlier, from the same sources: `{name}` on {day}" for name, day in made.items()]
-    lines += [f"- Missing: `{name}`: {reason}" for name, reason in document["missing"].items()]
-    lines += [
-        f"- Machine: {document['machine']}, {document['load_at_end']:.1f} at the end; instruction sets "
-        f"{document['instructions']}",
-        f"- Versions: {'; '.join(f'{name} {version}' for name, version in document['versions'].items())}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that matter: of this environment and of the peers'."""
-    found = {"Python": platform.python_version()}
-    for package in ("compress-slm", "onnxruntime", "mobius-onnx"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found | {"builder": ", ".join(pin.replace("==", " ") for pin in BUILDER_PINS)}
+        bandwidths.append(read_bandwidth(options.threads))
+    return found, bandwidths
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -336,6 +205,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that matter: of this environment and of the peers'."""
+    found = {"Python": platform.python_version()}
+    for package in ("compress-slm", "onnxruntime", "mobius-onnx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"builder": ", ".join(pin.replace("==", " ") for pin in BUILDER_PINS)}
+
+
 def run(options: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Make all contenders, time them and return the document.
 
@@ -348,13 +226,11 @@ def run(options: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack)
     entries = gather(options, folder, scratch, stack)
     contenders = [entry for entry in entries if isinstance(entry, Contender)]
     missing = [entry for entry in entries if isinstance(entry, Missing)]
-    bandwidth = read_bandwidth(options.threads)
     workers, failed = start(contenders, options, scratch, stack)
     missing += failed
     if not workers:
         raise SystemExit("\n".join(f"{entry.name}: {entry.reason}" for entry in missing))
-    rounds = measure(workers, options.rounds)
-    load = float(Path("/proc/loadavg").read_text().split()[0])
+    rounds, bandwidths = measure(workers, options)
     facts = {worker.name: worker.facts for worker in workers}
     kept = ("group", "kind", "bytes", "token_bytes", "day")
     return {
@@ -363,12 +239,11 @@ def run(options: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack)
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "machine": where,
         "instructions": instructions(),
-        "load_at_end": load,
         "threads": options.threads,
         "prompts": options.prompt,
         "new": options.new,
         "session": options.session,
-        "bandwidth": bandwidth,
+        "bandwidths": bandwidths,
         "cache": last_level_cache(),
         "versions": versions(),
         "contenders": {

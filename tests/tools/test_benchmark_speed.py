@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import benchmark_speed
 import llama_gguf
 import measured_export
 import numpy as np
+import processor_time
 import pytest
 import roofline
 import speed_contenders
+import speed_report
 from benchmark_speed import Worker
 from measured_export import Build
 from speed_contenders import Contender
@@ -25,7 +29,7 @@ MINE, PEER = "ours x86-int4", "llama.cpp Q4_0"
 
 
 def answer(prompt: float, *decode: float) -> dict[str, Any]:
-    return {"prefill": {"128": [9.0, prompt, prompt / 2]}, "decode": list(decode)}
+    return {"prefill": {"128": [9.0, prompt, prompt / 2]}, "decode": list(decode), "others": 0.1 * prompt}
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -47,12 +51,11 @@ def document(**changes: Any) -> dict[str, Any]:
         "date": "2026-01-02",
         "machine": "a machine, load 0.1 at start",
         "instructions": "avx2",
-        "load_at_end": 2.0,
         "threads": 2,
         "prompts": [128],
         "new": 1,
         "session": {},
-        "bandwidth": 16e9,
+        "bandwidths": [9e9, 16e9, 12e9],
         "cache": 70_000_000,
         "versions": {"onnxruntime": "1"},
         "contenders": facts,
@@ -66,24 +69,25 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def test_rates_are_tokens_over_median_times() -> None:
-    found = benchmark_speed.rates({"prefill": {"128": [4.0, 1.0, 2.0]}, "decode": [0.5, 0.1, 0.25]})
+    found = speed_report.rates({"prefill": {"128": [4.0, 1.0, 2.0]}, "decode": [0.5, 0.1, 0.25]})
     assert found == {"prefill 128": 64.0, "decode": 4.0}
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    rounds = [{name: benchmark_speed.rates(each[name]) for name in each} for each in document()["rounds"]]
-    assert benchmark_speed.ratios(rounds, MINE, PEER) == {"prefill 128": [2.0] * 3, "decode": [2.0] * 3}
-    assert benchmark_speed.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0-3.0)"
-    assert benchmark_speed.spread([3.0], 2) == "3.00"
+    rounds = [{name: speed_report.rates(each[name]) for name in each} for each in document()["rounds"]]
+    assert speed_report.ratios(rounds, MINE, PEER) == {"prefill 128": [2.0] * 3, "decode": [2.0] * 3}
+    assert speed_report.spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0-3.0)"
+    assert speed_report.spread([3.0], 2) == "3.00"
 
 
 def test_the_section_has_speeds_ratios_and_what_the_memory_allows() -> None:
-    text = benchmark_speed.section(document())
+    text = speed_report.section(document())
     assert f"| `{MINE}` | 90.0 | 100.0 (50.0-100.0) | 100.0 (50.0-100.0) | 300 | the last |" in text
     assert f"| `{PEER}` | 70.0 | 50.0 (25.0-50.0) | 50.0 (25.0-50.0) | 300 | all positions |" in text
     assert f"| `{MINE}` / `{PEER}` | 2.00 (2.00-2.00) | 2.00 (2.00-2.00) |" in text
     assert f"| `{MINE}` | 80.0 | 8.00 | 50 % |" in text  # 100 tokens of 80 MB a second of 16 GB
     assert f"the memory's rate does not bound `{PEER}`\n" in text
+    assert "had 26 % of the processors' time during a measurement in the median, 51 % at most" in text
     assert "AMX model buffer size = 72.14 MiB; every" in text and "flash attention: used" in text
     assert f"`{PEER}` on 2026-01-01" in text
     assert "Missing: `builder int4`: no environment" in text
@@ -96,7 +100,7 @@ def test_peers_alone_have_no_ratios() -> None:
         rounds=[{PEER: each[PEER]} for each in whole["rounds"]],
         cache=None,
     )
-    text = benchmark_speed.section(alone)
+    text = speed_report.section(alone)
     assert "ours / peer" not in text and "last level's cache" not in text
 
 
@@ -250,6 +254,22 @@ def test_last_level_cache(text: str, expected: int | None, tmp_path: Path, monke
     assert roofline.last_level_cache() is None
     (tmp_path / "size").write_text(text)
     assert roofline.last_level_cache() == expected
+
+
+def test_others_are_those_that_are_not_named() -> None:
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout and child.stdout.readline()
+            without, among = processor_time.Others([child.pid]), processor_time.Others([])
+            start = time.perf_counter(), processor_time.seconds_of([child.pid])
+            time.sleep(0.5)
+            apart = among.share() - without.share()
+            elapsed, own = time.perf_counter() - start[0], processor_time.seconds_of([child.pid]) - start[1]
+        finally:
+            child.kill()
+    assert own > 0
+    assert apart == pytest.approx(own / elapsed / (os.cpu_count() or 1), abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
