@@ -56,6 +56,18 @@ class Missing:
     reason: str
 
 
+@dataclass(frozen=True)
+class Build:
+    """How an environment's packages are compiled: pip's options, environment variables, and what both are known by.
+
+    ``known`` stands for them in the environment's record: the variables may hold paths of this machine.
+    """
+
+    options: tuple[str, ...]
+    environment: Mapping[str, str]
+    known: tuple[str, ...]
+
+
 class ExportError(SystemExit):
     """An export that failed; ends the tool with its message unless somebody can do without."""
 
@@ -168,20 +180,22 @@ def builder_python(cache: Path) -> Path:
     return pinned_python(cache / "onnxruntime-genai-builder", BUILDER_PINS)
 
 
-def pinned_python(folder: Path, pins: Sequence[str]) -> Path:
-    """Return the interpreter of an environment, made if it is missing or was pinned otherwise.
+def pinned_python(folder: Path, pins: Sequence[str], build: Build | None = None) -> Path:
+    """Return the interpreter of an environment, made if it is missing or was pinned or compiled otherwise.
 
     Raises:
         CalledProcessError: It cannot be made; pip has said why.
     """
     python, stamp = folder / "bin" / "python", folder / "pins.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == list(pins):
+    known = [*pins, *(build.known if build else ())]
+    if stamp.exists() and json.loads(stamp.read_text()) == known:
         return python
     print(f"making an environment in {folder} (once, minutes)", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins], check=True)
-    stamp.write_text(json.dumps(list(pins)))
+    command = [str(python), "-m", "pip", "install", "--quiet", *(build.options if build else ()), *pins]
+    subprocess.run(command, check=True, env=dict(os.environ) | dict(build.environment if build else {}))
+    stamp.write_text(json.dumps(known))
     return python
 
 
