@@ -72,6 +72,13 @@ def test_float16_logits_and_cache_are_taken(name: str, tiny_artifact: Callable[.
         assert generate(artifact, prompt, NEW) == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "phi3"])
+def test_integer_products_of_a_rotated_model_are_taken(name: str, tiny_artifact: Callable[..., Path]) -> None:
+    artifact = tiny_artifact(name, "x86-int8-hybrid", "quantize.effort=fast")
+    for prompt, expected in telling(PlainDecoder(artifact)):
+        assert generate(artifact, prompt, NEW) == expected
+
+
 def test_another_model_says_something_else(tiny_artifact: Callable[..., Path]) -> None:
     prompt = prompt_of(1)
     tokens = [generate(tiny_artifact(name, "arm-int4"), prompt, NEW) for name in ("llama", "mistral")]
