@@ -55,6 +55,18 @@ def test_encoders_under_the_shipped_int8_profile_are_byte_identical(
 
 
 @pytest.mark.usefixtures("fast_skeletons")
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_rotated_decoders_are_byte_identical(
+    effort: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.weights.CHUNK_WEIGHTS", 4096)
+    options = (f"quantize.effort={effort}", "calibration.tokens=256", "calibration.window=64")
+    first = export(tiny_model("llama"), tmp_path / "first", 1, *options, profile="x86-int8-hybrid")
+    again = export(tiny_model("llama"), tmp_path / "again", 3, *options, profile="x86-int8-hybrid")
+    assert [file for file in FILES if again[file] != first[file]] == []
+
+
+@pytest.mark.usefixtures("fast_skeletons")
 def test_another_scheme_gives_other_bytes(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     first = export(tiny_model("llama"), tmp_path / "first", 1)
     other = export(tiny_model("llama"), tmp_path / "other", 1, "quantize.symmetric=false")

@@ -75,6 +75,8 @@ def assert_equal(model: Path, place: Path, vocab: int = 380) -> Logits:
         ("llama-untied", "arm-int8"),
         ("gpt2", "arm-int8"),
         ("llama", "float"),
+        ("llama", "x86-int8-hybrid"),
+        ("phi3", "x86-int8-hybrid"),
     ],
 )
 def test_pieces_give_the_logits_of_the_whole(
