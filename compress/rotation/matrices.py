@@ -39,13 +39,12 @@ class Rotation:
         return np.ascontiguousarray(mixed.reshape(rows.shape))
 
     def apply_left(self, columns: FloatArray) -> FloatArray:
-        """Return ``R^T columns`` for float32 ``[size, K]``, as a new array; no second copy of all of it is made."""
-        result = np.empty_like(columns)
+        """Make ``R^T columns`` of float32 ``[size, K]`` in its place, some columns at a time, and return it."""
         step = max(1, (1 << 20) // self.size)
         for start in range(0, columns.shape[1], step):
             part = slice(start, start + step)
-            result[:, part] = self.apply(np.ascontiguousarray(columns[:, part].T)).T
-        return result
+            columns[:, part] = self.apply(np.ascontiguousarray(columns[:, part].T)).T
+        return columns
 
     def matrix(self) -> FloatArray:
         """Return R itself, float32 ``[size, size]``."""

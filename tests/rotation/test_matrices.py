@@ -27,7 +27,8 @@ def test_products_without_the_matrix_equal_those_with_it(size: int) -> None:
     given = rows.copy()
     np.testing.assert_allclose(rotation.apply(rows), rows @ matrix, atol=1e-5)
     columns = random.standard_normal((size, 7)).astype(np.float32)
-    np.testing.assert_allclose(rotation.apply_left(columns), matrix.T @ columns, atol=1e-5)
+    expected = matrix.T @ columns
+    np.testing.assert_allclose(rotation.apply_left(columns), expected, atol=1e-5)
     np.testing.assert_array_equal(rows, given)
 
 
