@@ -14,7 +14,10 @@ def add_ends(graph: Graph, part: Ends, workload: Workload, noise: Noise) -> None
     ids = graph.input("ids", np.arange(batch * tokens, dtype=np.int64).reshape(batch, tokens) * 7 % _TABLE_ROWS, (0, 1))
     mask = graph.input("mask", np.ones((batch, workload.past + tokens), np.int64), (0, 1))
     rows = [
-        _row(graph, noise, ids, columns, bits, f"table{index}") for index, (columns, bits) in enumerate(part.tables)
+        _by_columns(graph, noise, ids, columns, f"table{index}")
+        if part.by_columns
+        else _row(graph, noise, ids, columns, bits, f"table{index}")
+        for index, (columns, bits) in enumerate(part.tables)
     ]
     width = part.tables[0][0]
     if part.decoder and len(rows) > 1:  # learned positions: their sum and the first norm are one operator
@@ -26,7 +29,11 @@ def add_ends(graph: Graph, part: Ends, workload: Workload, noise: Noise) -> None
             value = graph.node("Add", [value, row])[0]
         value = norm(graph, value, width, rms=part.rms, name="first")
     if part.decoder:
-        _decoder_end(graph, mask, value)
+        value = _decoder_end(graph, mask, value)
+        for index, product in enumerate(part.products):
+            sizes = (product.outputs, product.inputs, product.stored)
+            value = linear(graph, noise, value, *sizes, bias=product.bias, name=f"end{index}")
+        graph.output(value)
         return
     if part.padding:
         real = graph.node("Cast", [mask], to=1)[0]
@@ -56,15 +63,25 @@ def _row(graph: Graph, noise: Noise, ids: str, columns: int, bits: int, name: st
     return graph.node("GatherBlockQuantized", [codes, ids, scales], _MICROSOFT, **sizes)[0]
 
 
-def _decoder_end(graph: Graph, mask: str, value: str) -> None:
-    """Add the lengths that attention reads, and the choice of the last token."""
+def _by_columns(graph: Graph, noise: Noise, ids: str, columns: int, name: str) -> str:
+    codes = graph.weight(noise.codes(columns, _TABLE_ROWS).view(np.int8), name)
+    scales = graph.weight(np.full(_TABLE_ROWS, 1e-3, np.float32), f"{name}.scales")
+    rows = graph.node("Transpose", [graph.node("Gather", [codes, ids], axis=1)[0]], perm=[1, 2, 0])[0]
+    last = graph.constant(np.array([-1], np.int64))
+    scale = graph.node("Unsqueeze", [graph.node("Gather", [scales, ids])[0], last])[0]
+    return graph.node("Mul", [graph.node("Cast", [rows], to=1)[0], scale])[0]
+
+
+def _decoder_end(graph: Graph, mask: str, value: str) -> str:
+    """Add the lengths that attention reads, and the choice of the last token; returns its states."""
     one = graph.constant(np.array([1], np.int64))
     length = graph.node("ReduceSum", [mask, one], keepdims=0)[0]
     lengths = graph.node("Cast", [graph.node("Sub", [length, one])[0]], to=1)[0]
     total = graph.node("Gather", [graph.node("Shape", [mask])[0], one])[0]
     limits = [graph.constant(np.array([number], np.int64)) for number in (-1, np.iinfo(np.int64).max, 1)]
-    for output in (lengths, graph.node("Cast", [total], to=1)[0], graph.node("Slice", [value, *limits])[0]):
+    for output in (lengths, graph.node("Cast", [total], to=1)[0]):
         graph.output(output)
+    return graph.node("Slice", [value, *limits])[0]
 
 
 def _pooled(graph: Graph, mask: str, value: str) -> None:

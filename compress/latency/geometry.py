@@ -246,6 +246,10 @@ def _head(
     )
 
 
+def _head_of(structure: Structure, stored: _StoredOf) -> Stored:
+    return next(stored(linear) for linear in structure.linears if linear.role == "head")
+
+
 def _pieces(head: Product) -> tuple[Product, int]:
     count = max(1, -(-head.nbytes // MAX_PIECE_BYTES))
     return replace(head, outputs=-(-head.outputs // count)), count
@@ -282,4 +286,5 @@ def _ends(
         products=products,
         pooled=task == "embedding",
         padding=padding,
+        by_columns=structure.tied and isinstance(structure, Decoder) and _head_of(structure, stored).dynamic,
     )

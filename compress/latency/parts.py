@@ -168,6 +168,7 @@ class Ends:
         products: Small linears, each reading the one before it.
         pooled: Whether an embedding is made of the tokens' states.
         padding: Whether padded tokens are kept out of the ranges of integer products.
+        by_columns: Whether the tables are stored as a head of integer products multiplies by them.
     """
 
     decoder: bool
@@ -177,6 +178,7 @@ class Ends:
     products: tuple[Product, ...] = ()
     pooled: bool = False
     padding: bool = False
+    by_columns: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,8 @@ from tiny_models import PLAIN_INT8
 CASES = [
     ("llama", "float"),
     ("llama", "x86-int4"),
+    ("llama", "x86-int8-hybrid"),
+    ("phi3", "x86-int8-hybrid"),
     ("gpt2", "float"),
     ("bert:embedding", "float"),
     ("bert:embedding", PLAIN_INT8),
