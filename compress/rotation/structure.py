@@ -107,7 +107,9 @@ def rotated(structure: Structure) -> Decoder:
     ]
     if structure.tied:
         size = structure.hidden_size
-        turn = Linear(HEAD_ROTATION, "rotation", None, size, size, (Slice(HEAD_TENSOR),), graph_weights=(HEAD_TENSOR,))
+        turn = Linear(
+            HEAD_ROTATION, "rotation", None, size, size, (Slice(HEAD_TENSOR, mixed=True),), graph_weights=(HEAD_TENSOR,)
+        )
         at = next(index for index, linear in enumerate(linears) if linear.role == "head")
         linears.insert(at, turn)
     return replace(structure, linears=tuple(linears))

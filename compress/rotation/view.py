@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress.contracts import Checkpoint, Decoder, FloatArray, SourceFile, Structure, TensorInfo
+from compress.contracts import Checkpoint, Decoder, FloatArray, Slice, SourceFile, Structure, TensorInfo
 from compress.profile import Profile
 from compress.reading import CHUNK_WEIGHTS
 from compress.rotation.matrices import Rotation, block_hadamard
@@ -131,23 +131,18 @@ class RotatedCheckpoint:
         changes = {vector.source.tensor: _Change(ones=True) for vector in found.norms}
         for table in self._decoder.tables:
             changes[table.source.tensor] = _Change(columns=self._stream.apply)
-        heads = {values.producer.name: values.start for values in found.values}
         for reader in [*found.readers, found.head]:
-            below = 0
-            for piece in reader.linear.weight:
+            norm, linear = self._norms[reader.norm], reader.linear
+            for piece in linear.weight:
                 name = _UNTIED_HEAD if self._decoder.tied and reader is found.head else piece.tensor
-                length = (reader.linear.out_features if piece.stop is None else piece.stop) - piece.start
-                turned = changes[name].heads if name in changes and name not in self._tables() else None
-                if heads.get(reader.linear.name) == below:
-                    turned = (piece.start, piece.start + length)
-                changes[name] = _Change(norm=self._norms[reader.norm], columns=self._stream.apply, heads=turned)
-                below += length
-            below = 0
-            for piece in reader.linear.bias:
-                length = (reader.linear.out_features if piece.stop is None else piece.stop) - piece.start
-                if heads.get(reader.linear.name) == below:
-                    changes[piece.tensor] = _Change(heads=(piece.start, piece.start + length))
-                below += length
+                changes[name] = _Change(norm=norm, columns=self._stream.apply)
+        for values in found.values:
+            for pieces in (values.producer.weight, values.producer.bias):
+                for piece, below in _starts(pieces, values.producer.out_features):
+                    if below == values.start:
+                        before = changes.get(piece.tensor, _Change())
+                        end = piece.start + values.producer.out_features - below
+                        changes[piece.tensor] = replace(before, heads=(piece.start, end))
         for writer in found.writers:
             name = writer.weight[0].tensor
             columns = self._by_blocks(name) if writer.role == "down" else self._by_heads
@@ -155,9 +150,6 @@ class RotatedCheckpoint:
             for piece in writer.bias:
                 changes[piece.tensor] = _Change(mixed=True)
         return changes
-
-    def _tables(self) -> set[str]:
-        return {table.source.tensor for table in self._decoder.tables}
 
     def _by_heads(self, rows: FloatArray) -> FloatArray:
         return self._value.apply(rows.reshape(len(rows), -1, self._decoder.head_dim)).reshape(rows.shape)
@@ -208,3 +200,11 @@ class RotatedCheckpoint:
         gain = self._source.read(self._norms[self._places.head.norm])
         turn = self._stream.matrix()
         return np.ascontiguousarray((turn * gain[:, None]).T @ turn)
+
+
+def _starts(pieces: Sequence[Slice], total: int) -> Iterator[tuple[Slice, int]]:
+    """Yield the pieces of a stacked weight of ``total`` rows, each with the row that it begins at."""
+    below = 0
+    for piece in pieces:
+        yield piece, below
+        below += (total if piece.stop is None else piece.stop) - piece.start
