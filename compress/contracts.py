@@ -484,6 +484,8 @@ class Scheme:
 ScaleFormat = Literal["float32", "float16", "int8"]
 #: What a graph's weights that are not quantized, its activations and its cache are.
 FloatType = Literal["float32", "float16"]
+#: Who decides how a decoder's attention holds its scores: the runtime, or the graph, which has them held whole.
+AttentionWay = Literal["runtime", "materialized"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal, cast
 
 from compress.contracts import (
+    AttentionWay,
     Checkpoint,
     Decoder,
     Encoder,
@@ -106,7 +107,7 @@ class Plan:
     """Fates in file order and the predictions that follow from them; sizes in bytes.
 
     ``static_length``, ``cache_length`` and ``activation_bits`` are the profile's: they decide how large the graph file
-    is. ``float_type`` is that of every float tensor.
+    is. ``float_type`` is that of every float tensor. ``attention`` is a decoder's, and says what its graph will ask for.
     """
 
     model_type: str
@@ -120,6 +121,7 @@ class Plan:
     cache_length: int | None = None
     activation_bits: int | None = None
     float_type: FloatType = "float32"
+    attention: AttentionWay = "runtime"
 
     @property
     def decoder(self) -> Decoder:
@@ -225,7 +227,18 @@ def make_plan(
         cache_length=min(profile.graph.cache_length, structure.context_length),
         activation_bits=profile.quantize.activation_bits,
         float_type=floats,
+        attention=attention_way(structure, profile),
     )
+
+
+def attention_way(structure: Structure, profile: Profile) -> AttentionWay:
+    """Return how the graph has attention computed.
+
+    Scores that are held whole are affordable where a long prompt is fed in pieces. Under LongRoPE that would change the
+    model: early pieces would be turned by the short factors, which a prompt read at once does not use.
+    """
+    plain = isinstance(structure, Decoder) and structure.rope_switch is None
+    return profile.graph.attention if plain else "runtime"
 
 
 def _check_half(structure: Structure, profile: Profile) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.contracts import Activations, FloatType, Role, ScaleFormat, Scheme
+from compress.contracts import Activations, AttentionWay, FloatType, Role, ScaleFormat, Scheme
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.sizes import parse_size
 
@@ -213,6 +213,10 @@ class Graph(_Strict):
     number, as NPUs want it. Decoders get two graphs, one for so many new tokens and one for a single one, over a
     key/value cache of ``cache_length`` tokens.
 
+    ``attention = "materialized"`` (decoders) has a prompt's attention scores computed whole instead of in the runtime's
+    tiles, which on x86 takes a half to three quarters of the time and, while a block runs, ``heads * new * total``
+    floats. Models with LongRoPE keep the runtime's way, because their prompts cannot be fed in pieces.
+
     ``float_type = "float16"`` (decoders) halves what is not quantized, activations, cache and logits: for providers
     that multiply float16 as it is. Scales of quantized weights are float16 too then, as the kernels want them.
     """
@@ -225,6 +229,7 @@ class Graph(_Strict):
     minimum_fusions: dict[Fusion, int] = Field(default_factory=dict)
     gelu: Literal["exact", "tanh"] = "exact"
     tables: Literal["fused", "standard"] = "fused"
+    attention: AttentionWay = "runtime"
     static_length: int | None = Field(default=None, ge=8, le=4096)
     cache_length: int = Field(default=512, ge=8, le=1 << 16)
 
@@ -331,6 +336,8 @@ class Profile(_Strict):
             )
         if graph.static_length is not None and set(graph.fusions) - {"gelu"}:
             raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
+        if graph.static_length is not None and graph.attention != "runtime":
+            raise ValueError('graph.static_length is for standard operators: leave out graph.attention')
         return self
 
     @model_validator(mode="after")
@@ -347,6 +354,10 @@ class Profile(_Strict):
             raise ValueError(
                 'graph.float_type = "float16" is for graphs of any length: leave out graph.static_length, whose '
                 "providers choose the type of floats themselves"
+            )
+        if self.graph.attention != "runtime":
+            raise ValueError(
+                'graph.attention = "materialized" is for float32: leave it out, or leave out graph.float_type'
             )
         roles = [*self.quantize.roles.values(), *self.quantize.decoder_roles.values()]
         if any(given not in (None, "none") for given in (self.quantize.activations, *(r.activations for r in roles))):

@@ -2,7 +2,7 @@
 
     python tools/benchmark_speed.py CHECKPOINT [--profile x86-int4 --profile arm-int4,quantize.block_size=64 ...]
         [--threads 2] [--prompt 128 --prompt 512] [--new 32] [--rounds 5] [--llama Q4_0] [--only ours ...]
-        [--work DIR] [--append docs/performance.md] [--json FILE]
+        [--environment NAME=VALUE] [--work DIR] [--append docs/performance.md] [--json FILE]
 
 CHECKPOINT is a local Hugging Face directory of a Llama, Mistral or Phi-3 kind; geometry.py writes ones whose
 values are random: speed depends on the shape alone. Contenders:
@@ -12,11 +12,12 @@ values are random: speed depends on the shape alone. Contenders:
   this processor in an environment of its own.
 
 Both ONNX contenders run in this environment's plain onnxruntime with the same session settings, unless `--session`
-adds some to ours. Every contender has its own process, loads once, warms up and waits; then rounds are interleaved and
-their order is turned about, so that a drift of the machine favours nobody, and ratios are taken within a round. A round
-times each prompt and then `--new` tokens one by one behind the first of the prompts. What `--work` keeps is used again
-as long as nothing it was made from has changed. Nothing else should run: what other processes had of the processors
-meanwhile is measured and told.
+adds some to ours, and write into the cache that they have, as onnxruntime-genai does. `--environment` sets variables
+for all contenders, llama.cpp too. Every contender has its own process, loads once, warms up and waits; then rounds are
+interleaved and their order is turned about, so that a drift of the machine favours nobody, and ratios are taken within
+a round. A round times each prompt and then `--new` tokens one by one behind the first of the prompts. What `--work`
+keeps is used again as long as nothing it was made from has changed. Nothing else should run: what other processes had
+of the processors meanwhile is measured and told.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -78,6 +80,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 text=True,
+                env={**os.environ, **options.environment},
             )
         assert self._process.stdin and self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
@@ -170,6 +173,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--session", action="append", default=[], metavar="KEY=VALUE", help="an entry of our sessions' configuration"
     )
+    parser.add_argument(
+        "--environment", action="append", default=[], metavar="NAME=VALUE", help="a variable of every contender's process"
+    )
     parser.add_argument("--work", type=Path, help="folder that keeps artifacts (default: a temporary one)")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the builder's environment is kept")
     parser.add_argument("--append", type=Path, help="add the result to this Markdown file")
@@ -191,7 +197,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if any("=" not in entry for entry in options.session):
         parser.error("--session: write KEY=VALUE")
+    if any("=" not in entry for entry in options.environment):
+        parser.error("--environment: write NAME=VALUE")
     options.session = dict(entry.split("=", 1) for entry in options.session)
+    options.environment = dict(entry.split("=", 1) for entry in options.environment)
     config_file = options.checkpoint / "config.json"
     if not config_file.is_file():
         parser.error(f"{options.checkpoint} has no config.json")
@@ -243,6 +252,7 @@ def run(options: argparse.Namespace, scratch: Path, stack: contextlib.ExitStack)
         "prompts": options.prompt,
         "new": options.new,
         "session": options.session,
+        "environment": options.environment,
         "bandwidths": bandwidths,
         "cache": last_level_cache(),
         "versions": versions(),

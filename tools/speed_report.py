@@ -131,6 +131,9 @@ def section(document: Mapping[str, Any]) -> str:
     ]
     lines += [f"- {note}" for note in (*roofline_notes(document), *llama_notes(document))]
     lines += [f"- Session entries of ours: {document['session']}"] if document["session"] else []
+    if document["environment"]:
+        told = ", ".join(f"`{name}={value}`" for name, value in document["environment"].items())
+        lines.append(f"- Every contender's process had {told}")
     made = {name: facts["day"] for name, facts in document["contenders"].items() if facts["day"]}
     lines += [f"- Made earlier, from the same sources: `{name}` on {day}" for name, day in made.items()]
     lines += [f"- Missing: `{name}`: {reason}" for name, reason in document["missing"].items()]

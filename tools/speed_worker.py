@@ -8,8 +8,8 @@ A contender in llama.cpp runs in another environment's Python: what both need st
 
 Fairness. All get the same random token ids and nothing is sampled. A prompt is fed at once and only the last position's
 logits are asked for, which a graph may not be able to leave out (``all_positions``). Then tokens follow one by one.
-ONNX Runtime makes a new cache of every step here, a copy of the last one and a position, as it does for any graph whose
-caller does not share buffers; llama.cpp writes into the one it has.
+All write new positions into the cache that they have: ONNX Runtime's is bound as input and output, as onnxruntime-genai
+binds it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Runner(Protocol):
         """Return what a reader of the figures should know of the runtime."""
 
 
+def _positions(request: Mapping[str, Any]) -> int:
+    """Return how many positions the cache is made for."""
+    longest: int = max(request["prompts"])
+    return longest + max(request["new"], WARM_STEPS)
+
+
 class OnnxRunner:
     """A graph in plain ONNX Runtime on its CPU provider; ``entries`` are further settings of the session."""
 
@@ -62,7 +68,7 @@ class OnnxRunner:
             options.add_session_config_entry(key, value)
         session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
         self._array, self._version = np.array, ort.__version__
-        self._decoder = CachedDecoder(session)
+        self._decoder = CachedDecoder(session, capacity=_positions(request))
         self.all_positions = not self._decoder.trims_logits
 
     def reset(self) -> None:
@@ -104,7 +110,7 @@ class LlamaRunner:
         )
         settings = llama_cpp.llama_context_default_params()
         longest = max(request["prompts"])
-        settings.n_ctx = longest + request["new"] + WARM_STEPS
+        settings.n_ctx = _positions(request)
         settings.n_batch, settings.n_ubatch = longest, min(longest, MICRO_BATCH)
         settings.n_threads = settings.n_threads_batch = request["threads"]
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, settings)

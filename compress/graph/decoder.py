@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import half, linear, logits_to_keep, long_rope, names, rotary, rotation, table
+from compress.graph.rules import half, linear, logits_to_keep, long_rope, materialized, names, rotary, rotation, table
 from compress.graph.rules._edit import Weights
 from compress.graph.static_decoder import make_static
 from compress.planning import Plan
@@ -58,6 +58,8 @@ def build_decoder(
         constants = rotary.apply(model.graph, plan, weights)
     if plan.decoder.rope_switch is not None:
         fired["long_rope"] = long_rope.apply(model.graph, plan.decoder.rope_switch)
+    if plan.attention == "materialized":
+        fired["materialized"] = materialized.apply(model.graph, plan.decoder.heads)
     if static is None:
         fired["logits_to_keep"] = logits_to_keep.apply(model.graph, profile.graph.logits_to_keep)
     weights.restore_names()
@@ -86,7 +88,7 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
         "table": len(decoder.tables),
         "vector": len(decoder.vectors),
         **({"logits_to_keep": 1} if "logits_to_keep" in fired else {}),
-        **({"long_rope": decoder.layers} if decoder.rope_switch is not None else {}),
+        **({name: decoder.layers for name in ("long_rope", "materialized") if name in fired}),
         # Keys and values, in and out, and the logits.
         **({"half": 4 * decoder.layers + 1} if plan.float_type == "float16" else {}),
     }

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from compress.graph.rules.materialized import NOTHING
 from compress.latency.parts import Attention, Empty, Ends, FeedForward, Point, Product, Stored, Style, Workload
 from compress.rotation.matrices import hadamard
 
@@ -325,7 +326,7 @@ class _Blocks:
         past = [graph.input(f"past.{copy}.{kind}", self.noise.floats(*shape), (0, 2)) for kind in ("key", "value")]
         output, key, values = graph.node(
             "GroupQueryAttention",
-            [packed, "", "", *past, *shared],
+            [packed, "", "", *past, *shared, *self._sink(part)],
             _MICROSOFT,
             outputs=3,
             num_heads=part.heads,
@@ -336,6 +337,13 @@ class _Blocks:
         graph.output(key)
         graph.output(values)
         return output
+
+    def _sink(self, part: Attention) -> list[str]:
+        if not self.style.materialized:
+            return []
+        # Without rotary tables their two inputs are left out as well.
+        absent = ["", ""] if self.style.rotary else ["", "", "", ""]
+        return [*absent, self.graph.weight(np.full(part.heads, NOTHING, np.float32), "no_sink")]
 
     def _masked(self, part: Attention, value: str, shared: list[str], name: str, copy: int) -> str:
         graph, width = self.graph, part.heads * part.head_dim

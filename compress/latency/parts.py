@@ -76,7 +76,8 @@ class Style:
     ``rms``: norms without mean and bias. ``bias``: linears have one. ``gated``: two products before the activation,
     SiLU and a multiplication; else GELU, exact or by its ``tanh`` form. ``rotary``: positions are rotated in the
     attention. ``smoothed``: channels are rescaled around integer products. ``packed``: query, key and value are the
-    attention's own product. ``shared``: all blocks have the same weights.
+    attention's own product. ``shared``: all blocks have the same weights. ``materialized``: the attention holds its
+    scores whole.
     """
 
     decoder: bool
@@ -88,6 +89,7 @@ class Style:
     smoothed: bool = False
     packed: bool = True
     shared: bool = False
+    materialized: bool = False
 
 
 @dataclass(frozen=True)

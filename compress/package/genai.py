@@ -22,6 +22,8 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: Sampling values of a generation config, and what they are where it does not say.
 SEARCH_DEFAULTS: Mapping[str, int | float] = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 MAX_SEARCH_VALUE = 1e6
+#: Tokens of a prompt that a graph whose scores are held whole is fed at once: they fit a processor's caches then.
+PROMPT_PIECE = 256
 _RESTORE = "restore the file that belongs to this model"
 
 
@@ -86,6 +88,8 @@ def write(package: Package) -> None:
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": True,
+        # Bounds the scores of a long prompt; the runtime's own way has no need of it.
+        **({"chunk_size": PROMPT_PIECE} if package.plan.attention == "materialized" else {}),
         **search,
     }
     model = {key: value for key, value in model.items() if value is not None}

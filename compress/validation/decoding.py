@@ -25,19 +25,27 @@ class CachedDecoder:
     """One sequence batch fed piece by piece to an ``onnxruntime.InferenceSession``.
 
     ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number. ``device`` is where
-    the cache is kept, as ONNX Runtime names devices; ``None`` for the host.
+    the cache is kept, as ONNX Runtime names devices; ``None`` for the host. With a ``capacity`` the cache is a buffer of
+    so many positions that every run writes its own into, as onnxruntime-genai does; ``GroupQueryAttention`` can do
+    that. Without one, every run copies what there is into a new cache.
 
     Raises:
         CompressError: The graph's inputs and outputs are not those of a decoder.
     """
 
-    def __init__(self, session: Any, at_once: int | None = None, device: str | None = None) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        session: Any,  # noqa: ANN401 - onnxruntime has no stubs
+        at_once: int | None = None,
+        device: str | None = None,
+        capacity: int | None = None,
+    ) -> None:
         from onnxruntime import OrtValue
 
         self._session, self._value, self._at_once = session, OrtValue.ortvalue_from_numpy, at_once
-        self._device = device
+        self._device, self._capacity = device, capacity
         inputs = {value.name: value for value in session.get_inputs()}
-        outputs = [value.name for value in session.get_outputs()]
+        outputs = {value.name: value for value in session.get_outputs()}
         self._past = {name: value for name, value in inputs.items() if name.startswith(PAST)}
         unknown = set(inputs) - set(self._past) - {"input_ids", "attention_mask", "position_ids", KEEP}
         missing = {"input_ids", "attention_mask"} - set(inputs)
@@ -48,7 +56,7 @@ class CachedDecoder:
                 where=f"unknown inputs {sorted(unknown)}, missing inputs {sorted(missing)}, "
                 f"missing outputs {sorted(absent)}, {len(self._past)} cache inputs",
             )
-        self._positions = "position_ids" in inputs
+        self._positions, self._logits = "position_ids" in inputs, outputs["logits"]
         self._keep = next(
             (v for v in [*session.get_overridable_initializers(), *session.get_inputs()] if v.name == KEEP), None
         )
@@ -68,6 +76,8 @@ class CachedDecoder:
         """Forget all but the first ``length`` positions; what they hold does not depend on those behind them."""
         if length == 0:
             self.reset()
+        elif self._capacity is not None:
+            self.length = min(length, self.length)
         elif length < self.length:
             kept = {name: value.numpy()[:, :, :length] for name, value in self._cache.items()}
             self._cache = {name: self._value(np.ascontiguousarray(array)) for name, array in kept.items()}
@@ -96,21 +106,29 @@ class CachedDecoder:
         if self._keep is not None:
             feeds[KEEP] = np.full([1] * len(self._keep.shape), keep, np.int64)
         if not self._cache:
-            feeds |= {name: empty_cache(value, batch) for name, value in self._past.items()}
+            feeds |= {name: empty_cache(value, batch, self._capacity or 0) for name, value in self._past.items()}
         values = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()} | self._cache
         names = ["logits", *(PRESENT + name.removeprefix(PAST) for name in self._past)]
-        if self._device is None:
-            logits, *present = self._session.run_with_ort_values(names, values)
+        if self._capacity is not None:
+            if total > self._capacity:
+                raise CompressError(f"{total} positions do not fit a cache of {self._capacity}")
+            self._cache = {name: values[name] for name in self._past}
+            kept = min(keep, new) if keep and self.trims_logits else new
+            logits = _empty(self._logits, [batch, kept, self._logits.shape[-1]])
+            _run_into(self._session, names, values, [logits, *self._cache.values()])
         else:
-            logits, *present = _run_on(self._session, names, values, self._device)
-        self._cache = dict(zip(self._past, present, strict=True))
+            if self._device is None:
+                logits, *present = self._session.run_with_ort_values(names, values)
+            else:
+                logits, *present = _run_on(self._session, names, values, self._device)
+            self._cache = dict(zip(self._past, present, strict=True))
         self.length = total
         result: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
         return result
 
 
-def empty_cache(value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401 - onnxruntime has no stubs
-    """Return a cache of no positions for one cache input of a session.
+def empty_cache(value: Any, batch: int, positions: int = 0) -> npt.NDArray[Any]:  # noqa: ANN401 - onnxruntime has no stubs
+    """Return a cache that holds nothing, of so many positions, for one cache input of a session.
 
     Raises:
         CompressError: Heads and head size are no numbers in the graph, or its type is none of a cache.
@@ -122,7 +140,7 @@ def empty_cache(value: Any, batch: int) -> npt.NDArray[Any]:  # noqa: ANN401 - o
         )
     if value.type not in _CACHE_TYPES:
         raise CompressError(f"a cache of {value.type} is not supported", where=value.name)
-    return np.zeros((batch, shape[1], 0, shape[3]), _CACHE_TYPES[value.type])
+    return np.zeros((batch, shape[1], positions, shape[3]), _CACHE_TYPES[value.type])
 
 
 def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: str) -> list[Any]:  # noqa: ANN401
@@ -140,3 +158,23 @@ def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: s
     places = [host] + [own] * (len(names) - 1)
     session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, places)
     return [OrtValue(value) for value in fetches]
+
+
+def _empty(output: Any, shape: list[int]) -> Any:  # noqa: ANN401 - onnxruntime has no stubs
+    """Return an ``OrtValue`` of ``shape`` for a float output to be written into."""
+    from onnxruntime import OrtValue
+
+    return OrtValue.ortvalue_from_shape_and_type(shape, _CACHE_TYPES[output.type])
+
+
+def _run_into(session: Any, names: list[str], values: Mapping[str, Any], outputs: list[Any]) -> None:  # noqa: ANN401
+    """Run a session on the host whose outputs ``names`` are written into the ``OrtValue``s given for them."""
+    from onnxruntime import OrtDevice, RunOptions
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    feeds, fetches = OrtValueVector(), OrtValueVector()
+    for vector, given in ((feeds, values.values()), (fetches, outputs)):
+        for value in given:
+            vector.push_back(value._ortvalue)
+    host = OrtDevice.make("cpu", 0)._get_c_device()
+    session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, [host] * len(names))

@@ -55,6 +55,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "prompts": [128],
         "new": 1,
         "session": {},
+        "environment": {"MALLOC": "huge"},
         "bandwidths": [9e9, 16e9, 12e9],
         "cache": 70_000_000,
         "versions": {"onnxruntime": "1"},
@@ -90,6 +91,7 @@ def test_the_section_has_speeds_ratios_and_what_the_memory_allows() -> None:
     assert "had 26 % of the processors' time during a measurement in the median, 51 % at most" in text
     assert "AMX model buffer size = 72.14 MiB; every" in text and "flash attention: used" in text
     assert f"`{PEER}` on 2026-01-01" in text
+    assert "Every contender's process had `MALLOC=huge`" in text
     assert "Missing: `builder int4`: no environment" in text
 
 
@@ -155,6 +157,7 @@ def test_defaults(tmp_path: Path) -> None:
         (["--prompt", "0"], {}, "at least 1"),
         (["--profile", "a,b"], {}, "is not PROFILE"),
         (["--session", "a"], {}, "write KEY=VALUE"),
+        (["--environment", "a"], {}, "write NAME=VALUE"),
     ],
 )
 def test_arguments_that_cannot_be(
@@ -276,7 +279,7 @@ def test_others_are_those_that_are_not_named() -> None:
 
 
 def worker_of(model: Path, tmp_path: Path) -> Worker:
-    options = argparse.Namespace(threads=1, prompt=[4], new=2, vocabulary=384)
+    options = argparse.Namespace(threads=1, prompt=[4], new=2, vocabulary=384, environment={"TOLD": "1"})
     contender = Contender("ours", "mine", "onnx", Path(sys.executable), model, 1, 1)
     return Worker(contender, options, tmp_path / "log")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from compress import providers
+from compress.errors import CompressError
 from compress.validation.decoding import CachedDecoder
 
 TOKENS = np.random.default_rng(3).integers(3, 380, (1, 11)).astype(np.int64)
@@ -61,3 +62,22 @@ def test_no_run_is_given_more_than_its_limit(artifact: Path) -> None:
     CachedDecoder(Counting(), 4).feed(TOKENS)
     CachedDecoder(Counting()).feed(TOKENS)
     assert given == [4, 4, 3, 11]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_cache_that_is_written_into_gives_the_same_logits(artifact: Path, keep: int) -> None:
+    session = providers.load("cpu").session(artifact, {}, 1)
+    copied, shared = CachedDecoder(session), CachedDecoder(session, capacity=11)
+    for _ in range(2):  # what the first sequence left in the buffers is not read by the second
+        for start, stop in ((0, 7), (7, 8), (8, 11)):
+            expected, found = (decoder.feed(TOKENS[:, start:stop], keep) for decoder in (copied, shared))
+            np.testing.assert_array_equal(found, expected)
+        with pytest.raises(CompressError, match="12 positions do not fit a cache of 11"):
+            shared.feed(TOKENS[:, :1])
+        for decoder in (copied, shared):
+            decoder.keep(4)
+        expected, found = (decoder.feed(TOKENS[:, 4:6], keep) for decoder in (copied, shared))
+        np.testing.assert_array_equal(found, expected)
+        assert np.abs(found - CachedDecoder(session).feed(TOKENS[:, 4:6], keep)).max() > 0.1  # the control: no past
+        copied.reset()
+        shared.reset()
