@@ -79,6 +79,33 @@ def test_integer_products_of_a_rotated_model_are_taken(name: str, tiny_artifact:
         assert generate(artifact, prompt, NEW) == expected
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_taken_in_pieces(
+    name: str, keep: int, tiny_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where scores are held whole; the prompts here are shorter than the piece, so another is set."""
+    given = ("graph.attention=materialized", f"graph.logits_to_keep={keep}")
+    artifact = shutil.copytree(tiny_artifact(name, "arm-int4", *given), tmp_path / "artifact")
+    path = artifact / "genai_config.json"
+    config = json.loads(path.read_text())
+    if name == "phi3-longrope":
+        assert "chunk_size" not in config["search"]
+        return
+    assert config["search"]["chunk_size"] == 256
+    cases = telling(PlainDecoder(artifact))
+    for piece in (256, 5):  # 5: three whole ones and two tokens
+        config["search"]["chunk_size"] = piece
+        path.write_text(json.dumps(config))
+        for prompt, expected in cases:
+            assert generate(artifact, prompt, NEW) == expected
+
+
+def test_other_graphs_are_given_prompts_whole(tiny_artifact: Callable[..., Path]) -> None:
+    config = json.loads((tiny_artifact("llama", "arm-int4") / "genai_config.json").read_text())
+    assert "chunk_size" not in config["search"]
+
+
 def test_another_model_says_something_else(tiny_artifact: Callable[..., Path]) -> None:
     prompt = prompt_of(1)
     tokens = [generate(tiny_artifact(name, "arm-int4"), prompt, NEW) for name in ("llama", "mistral")]

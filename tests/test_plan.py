@@ -72,6 +72,17 @@ def test_predicted_bytes_of_rotated_models_come_true(
     test_predicted_bytes_come_true(name, variant, tiny_model, tiny_artifact)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_held_scores_add_to_a_graph(
+    name: str, tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
+) -> None:
+    both = ("arm-int4",), ("arm-int4", "graph.attention=materialized")
+    planned = [plan_of(tiny_model(name), *given).graph_bytes for given in both]
+    written = [(tiny_artifact(name, *given) / "model.onnx").stat().st_size for given in both]
+    assert planned[1] - planned[0] == pytest.approx(written[1] - written[0], abs=30)
+    assert (planned[1] > planned[0] + 100) == (name != "phi3-longrope")
+
+
 def test_variants_differ(tiny_model: Callable[[str], Path]) -> None:
     """Negative control: a prediction that ignored the scheme would miss by more than the tolerance."""
     plain = plan_of(tiny_model("mistral"), *VARIANTS["arm-int4"]).predicted_bytes

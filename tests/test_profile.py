@@ -245,3 +245,17 @@ def test_profiles_do_not_change() -> None:
     profile = parse_profile(MINIMAL, where="test")
     with pytest.raises(ValueError, match="frozen"):
         profile.name = "q"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("profile", "override", "message"),
+    [
+        ("npu-qnn-int8", "graph.attention=materialized", "leave out graph.attention"),
+        ("cuda-fp16", "graph.attention=materialized", "is for float32"),
+        ("x86-int4", "graph.attention=flash", "materialized"),
+    ],
+)
+def test_scores_are_held_whole_where_there_is_a_kernel(profile: str, override: str, message: str) -> None:
+    assert load_profile("x86-int4", ["graph.attention=materialized"]).graph.attention == "materialized"
+    with pytest.raises(UsageError, match=message):
+        load_profile(profile, [override])

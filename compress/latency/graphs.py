@@ -343,7 +343,7 @@ class _Blocks:
             return []
         # Without rotary tables their two inputs are left out as well.
         absent = ["", ""] if self.style.rotary else ["", "", "", ""]
-        return [*absent, self.graph.weight(np.full(part.heads, NOTHING, np.float32), "no_sink")]
+        return [*absent, self.graph.weight(np.full(part.heads, NOTHING, np.float32), "attention/no_sink")]
 
     def _masked(self, part: Attention, value: str, shared: list[str], name: str, copy: int) -> str:
         graph, width = self.graph, part.heads * part.head_dim

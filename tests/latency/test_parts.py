@@ -28,6 +28,7 @@ CASES = [
     ("llama", "x86-int8-hybrid"),
     ("phi3", "x86-int8-hybrid"),
     ("gpt2", "float"),
+    ("gpt2", "x86-int4-speed"),
     ("bert:embedding", "float"),
     ("bert:embedding", PLAIN_INT8),
     ("bert:embedding", "x86-int4"),
@@ -39,6 +40,8 @@ UNCOUNTED = {"Shape", "Cast", "Unsqueeze", "Squeeze", "Range", "Constant", "Neg"
 UNCOUNTED |= {"GatherBlockQuantized", "Expand", "Reshape", "Transpose", "Concat", "Equal", "Where", "ReduceL2"}
 # What a pooler is activated by: one token's.
 UNCOUNTED |= {"Tanh", "Relu"}
+#: What an attention reads that holds its scores whole.
+SINK = "attention/no_sink"
 
 
 def structure_of(directory: Path) -> Structure:
@@ -53,7 +56,8 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
     for node in model.graph.node:
         if live & set(node.input):
             live |= set(node.output)
-            found[node.op_type] += node.op_type not in UNCOUNTED
+            name = f"{node.op_type} with a sink" if SINK in node.input else node.op_type
+            found[name] += node.op_type not in UNCOUNTED
     return +found
 
 
