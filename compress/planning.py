@@ -107,7 +107,7 @@ class Plan:
     """Fates in file order and the predictions that follow from them; sizes in bytes.
 
     ``static_length``, ``cache_length`` and ``activation_bits`` are the profile's: they decide how large the graph file
-    is. ``float_type`` is that of every float tensor. ``attention`` is a decoder's, and says what its graph will ask for.
+    is. ``float_type`` is that of every float tensor. ``attention`` is what a decoder's graph asks for.
     """
 
     model_type: str

@@ -214,8 +214,8 @@ class Graph(_Strict):
     key/value cache of ``cache_length`` tokens.
 
     ``attention = "materialized"`` (decoders) has a prompt's attention scores computed whole instead of in the runtime's
-    tiles, which on x86 takes a half to three quarters of the time and, while a block runs, ``heads * new * total``
-    floats. Models with LongRoPE keep the runtime's way, because their prompts cannot be fed in pieces.
+    tiles, which on x86 takes 0.5 to 0.9 of the time and, while a block runs, ``heads * new * total`` floats. Models
+    with LongRoPE keep the runtime's way, because their prompts cannot be fed in pieces.
 
     ``float_type = "float16"`` (decoders) halves what is not quantized, activations, cache and logits: for providers
     that multiply float16 as it is. Scales of quantized weights are float16 too then, as the kernels want them.
@@ -337,7 +337,7 @@ class Profile(_Strict):
         if graph.static_length is not None and set(graph.fusions) - {"gelu"}:
             raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
         if graph.static_length is not None and graph.attention != "runtime":
-            raise ValueError('graph.static_length is for standard operators: leave out graph.attention')
+            raise ValueError("graph.static_length is for standard operators: leave out graph.attention")
         return self
 
     @model_validator(mode="after")

@@ -81,9 +81,7 @@ def test_integer_products_of_a_rotated_model_are_taken(name: str, tiny_artifact:
 
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompts_are_taken_in_pieces(
-    name: str, keep: int, tiny_artifact: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_prompts_are_taken_in_pieces(name: str, keep: int, tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:
     """Where scores are held whole; the prompts here are shorter than the piece, so another is set."""
     given = ("graph.attention=materialized", f"graph.logits_to_keep={keep}")
     artifact = shutil.copytree(tiny_artifact(name, "arm-int4", *given), tmp_path / "artifact")

@@ -48,7 +48,7 @@ WAYS = {"tiled": TILED, "held whole": HELD, "tiled, cache copied": COPIED}
 
 
 def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
-    """Return a graph of ``NODES`` attention nodes: ``x`` and every node's past in, every node's present and ``y`` out."""
+    """Return a graph of ``NODES`` attention nodes; inputs end with their pasts, outputs begin with their presents."""
     angles = np.outer(np.arange(LONGEST), 10_000.0 ** -(np.arange(size // 2) / (size // 2)))
     arrays = {
         "cosines": np.cos(angles).astype(np.float32),
@@ -66,6 +66,7 @@ def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
         helper.make_tensor_value_info("total", TensorProto.INT32, []),
     ]
     outputs, nodes = [], []
+    sink = ["", "", "sink"] if materialized else []
     for index in range(NODES):
         past, present = ([f"{when}.{index}.{kind}" for kind in "kv"] for when in ("past", "present"))
         inputs += [value(name, "batch", kv_heads, "past", size) for name in past]
@@ -73,7 +74,7 @@ def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
         nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                ["x", "", "", *past, "lengths", "total", "cosines", "sines", *(["", "", "sink"] if materialized else [])],
+                ["x", "", "", *past, "lengths", "total", "cosines", "sines", *sink],
                 [f"y{index}", *present],
                 domain="com.microsoft",
                 num_heads=heads,
@@ -83,7 +84,7 @@ def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
             )
         )
     outputs.append(value(f"y{NODES - 1}", "batch", "new", heads * size))
-    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items() if materialized or name != "sink"]
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name != "sink" or sink]
     graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
     domains = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     serialized: bytes = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
@@ -111,9 +112,7 @@ def times(shape: tuple[int, int, int], way: Way, threads: int) -> list[float]:
     found = []
     for new, past in RUNS:
         held = past + new if way.shared else past
-        cache = [
-            handed(random.standard_normal((1, kv_heads, held, size), np.float32)) for _ in range(2 * NODES)
-        ]
+        cache = [handed(random.standard_normal((1, kv_heads, held, size), np.float32)) for _ in range(2 * NODES)]
         given = {
             "x": handed(random.standard_normal((1, new, (heads + 2 * kv_heads) * size), np.float32)),
             "lengths": handed(np.array([past + new - 1], np.int32)),
@@ -153,6 +152,18 @@ def table(results: dict[tuple[int, int, int], list[dict[str, list[float]]]]) -> 
     return lines
 
 
+def shape_of(text: str) -> tuple[int, int, int]:
+    """Read ``HEADS,KV_HEADS,SIZE``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    heads, kv_heads, size = (int(part) for part in text.split(","))
+    if min(heads, kv_heads, size) < 1 or heads % kv_heads or size % 2:
+        raise ValueError(text)
+    return heads, kv_heads, size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -161,10 +172,8 @@ def main() -> None:
     parser.add_argument("--append", type=Path, help="add the result to this Markdown file")
     options = parser.parse_args()
     try:
-        shapes = [tuple(int(part) for part in text.split(",")) for text in options.heads or ()] or list(MODELS)
+        shapes = [shape_of(text) for text in options.heads or ()] or list(MODELS)
     except ValueError:
-        parser.error("--heads: write HEADS,KV_HEADS,SIZE")
-    if any(len(shape) != 3 or min(shape) < 1 or shape[0] % shape[1] or shape[2] % 2 for shape in shapes):
         parser.error("--heads: three numbers, heads a multiple of key/value heads, an even size")
     where = machine()
     results = {

@@ -174,7 +174,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--session", action="append", default=[], metavar="KEY=VALUE", help="an entry of our sessions' configuration"
     )
     parser.add_argument(
-        "--environment", action="append", default=[], metavar="NAME=VALUE", help="a variable of every contender's process"
+        "--environment", action="append", default=[], metavar="NAME=VALUE", help="a variable of all contenders"
     )
     parser.add_argument("--work", type=Path, help="folder that keeps artifacts (default: a temporary one)")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the builder's environment is kept")

@@ -49,7 +49,8 @@ class Runner(Protocol):
 def _positions(request: Mapping[str, Any]) -> int:
     """Return how many positions the cache is made for."""
     longest: int = max(request["prompts"])
-    return longest + max(request["new"], WARM_STEPS)
+    new: int = request["new"]
+    return longest + max(new, WARM_STEPS)
 
 
 class OnnxRunner:

@@ -25,9 +25,9 @@ class CachedDecoder:
     """One sequence batch fed piece by piece to an ``onnxruntime.InferenceSession``.
 
     ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number. ``device`` is where
-    the cache is kept, as ONNX Runtime names devices; ``None`` for the host. With a ``capacity`` the cache is a buffer of
-    so many positions that every run writes its own into, as onnxruntime-genai does; ``GroupQueryAttention`` can do
-    that. Without one, every run copies what there is into a new cache.
+    the cache is kept, as ONNX Runtime names devices; ``None`` for the host. With a ``capacity`` the cache is one
+    buffer of so many positions that every run writes its own into, as onnxruntime-genai does; ``GroupQueryAttention``
+    can do that. Without one, every run copies what there is into a new cache.
 
     Raises:
         CompressError: The graph's inputs and outputs are not those of a decoder.

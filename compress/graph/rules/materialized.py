@@ -4,9 +4,9 @@ Before: ``GroupQueryAttention(qkv, ..., cos_cache, sin_cache)``.
 After:  the same node with ``head_sink`` (float32 ``[heads]``) of ``NOTHING``.
 
 A sink is one more score in a softmax's denominator (Xiao et al., arXiv 2309.17453); ``exp(NOTHING - maximum)`` is 0, so
-nothing changes but the kernel: the CPU provider's tiled one knows no sinks. On x86 that one takes 1.4 to 3 times as
-long as two products of matrices with all scores between them, for prompts of 128 to 2,048 tokens and head sizes of 64
-to 128; one token after others costs the same in both. The price is memory: ``heads * new * total`` floats while one
+nothing changes but the kernel: the CPU provider's tiled one knows no sinks. On x86 that one takes 1.1 to 2 times as
+long for a prompt as two products of matrices with all scores between them (docs/performance.md has heads and lengths);
+one token after others takes about the same in both. The price is memory: ``heads * new * total`` floats while one
 block runs, which feeding a prompt in pieces bounds (``genai_config.json`` asks for it).
 """
 
