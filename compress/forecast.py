@@ -22,6 +22,7 @@ from compress.profile import Profile, load_profile
 from compress.report import slower
 from compress.report.environment import environment
 from compress.report.model import Report
+from compress.rotation.structure import rotates
 
 _log = logging.getLogger(__name__)
 
@@ -173,4 +174,4 @@ def _blocks(plan: Plan) -> bool:
 
 
 def _remedy(plan: Plan, profile: Profile) -> str:
-    return slower.remedy(profile.name, blocks=_blocks(plan))
+    return slower.remedy(profile.name, blocks=_blocks(plan), rotates=rotates(plan.structure))

@@ -85,7 +85,7 @@ def test_a_plan_says_how_fast_it_would_be(tiny_model: Model, run: Run, measured:
     assert err == (
         "note: x86-int4: it reads a prompt of 128 tokens at 0.50 times the speed of float32 ONNX, and decodes at "
         f"{decode['speedup']:.2f} times (predicted for this machine, 1 thread); where that counts, "
-        f"{slower.remedy('x86-int4', blocks=True).removeprefix('where that counts, ')}\n"
+        f"{slower.remedy('x86-int4', blocks=True, rotates=True).removeprefix('where that counts, ')}\n"
     )
     page, _ = run(*command, "--speed")
     assert "on a prompt of 128 tokens, 0.50x float32 ONNX's" in page and "after 128 tokens, " in page
@@ -237,8 +237,9 @@ def test_an_encoders_slow_points_are_named() -> None:
 
 def test_the_remedy_is_not_what_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert "x86-int8" in slower.remedy("x86-int4", blocks=True)
+    assert "--profile x86-int8 " in slower.remedy("x86-int4", blocks=True)
+    assert "--profile x86-int8-hybrid " in slower.remedy("x86-int4", blocks=True, rotates=True)
     assert "float" in slower.remedy("x86-int8", blocks=True)
     assert "float" in slower.remedy("my-int8", blocks=False)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "arm-int8" in slower.remedy("arm-int4", blocks=True)
+    assert "arm-int8" in slower.remedy("arm-int4", blocks=True, rotates=True)

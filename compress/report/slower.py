@@ -62,9 +62,13 @@ def _listed(items: Sequence[Compared]) -> str:
     return " and ".join(f"{item.what} at {item.speedup:.2f} times" for item in items)
 
 
-def remedy(profile: str, *, blocks: bool) -> str:
-    """Return what to take instead: integer products where weights are in ``blocks`` now, else floats."""
-    integers = "arm-int8" if platform.machine().lower() in ("aarch64", "arm64") else "x86-int8"
+def remedy(profile: str, *, blocks: bool, rotates: bool = False) -> str:
+    """Return what to take instead: integer products where weights are in ``blocks`` now, else floats.
+
+    Integer products lose least in a model that ``rotates``.
+    """
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    integers = "arm-int8" if arm else "x86-int8-hybrid" if rotates else "x86-int8"
     if blocks and profile != integers:
         return f"where that counts, --profile {integers} multiplies integers"
     return "where that counts, take --profile float"

@@ -82,6 +82,17 @@ def places(decoder: Decoder) -> Places:
     return Places(tuple(readers), tuple(writers), tuple(values), Reader(head, last[0].graph_name), decoder.vectors)
 
 
+def rotates(structure: Structure) -> bool:
+    """Return whether a model has a rotation of its residual stream."""
+    if not isinstance(structure, Decoder):
+        return False
+    try:
+        places(structure)
+    except UsageError:
+        return False
+    return True
+
+
 def rotated(structure: Structure) -> Decoder:
     """Return the structure of a rotated model, whose tensors are a :class:`compress.rotation.view.RotatedCheckpoint`'s.
 
