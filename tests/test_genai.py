@@ -92,11 +92,15 @@ def test_prompts_are_taken_in_pieces(name: str, keep: int, tiny_artifact: Callab
         return
     assert config["search"]["chunk_size"] == 256
     cases = telling(PlainDecoder(artifact))
-    for piece in (256, 5):  # 5: three whole ones and two tokens
+    for piece, runs in ((256, 1), (5, 4)):  # 5: three whole ones and two tokens
         config["search"]["chunk_size"] = piece
+        config["model"]["decoder"]["session_options"]["enable_profiling"] = str(tmp_path / f"profile-{piece}")
         path.write_text(json.dumps(config))
         for prompt, expected in cases:
             assert generate(artifact, prompt, NEW) == expected
+        events = [event for file in tmp_path.glob(f"profile-{piece}*") for event in json.loads(file.read_text())]
+        # A run for every piece, and one for every token but the first.
+        assert sum(event["name"] == "model_run" for event in events) == len(cases) * (runs + NEW - 1)
 
 
 def test_other_graphs_are_given_prompts_whole(tiny_artifact: Callable[..., Path]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measured_export import machine
+from measured_export import machine, publish
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.graph.rules.materialized import NOTHING
@@ -102,7 +102,7 @@ def times(shape: tuple[int, int, int], way: Way, threads: int) -> list[float]:
     session = ort.InferenceSession(
         model(*shape, materialized=way.materialized), options, providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs()]
+    inputs, names = ([item.name for item in items] for items in (session.get_inputs(), session.get_outputs()))
     host = ort.OrtDevice.make("cpu", 0)._get_c_device()
     random = np.random.default_rng(0)
 
@@ -126,7 +126,6 @@ def times(shape: tuple[int, int, int], way: Way, threads: int) -> list[float]:
                 feeds.push_back(item._ortvalue)
             for item in (*cache, output) if way.shared else ():
                 fetches.push_back(item._ortvalue)
-            inputs = [item.name for item in session.get_inputs()]
             started = time.perf_counter()
             session.run_with_ortvaluevector(ort.RunOptions(), inputs, feeds, names, fetches, [host] * len(names))
             measured.append(time.perf_counter() - started)
@@ -188,11 +187,7 @@ def main() -> None:
         f"Microseconds a node, {options.threads} threads, medians of {options.rounds} rounds; ratios within a round. "
         f"{where}; onnxruntime {onnxruntime.__version__}.",
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.append:
-        with options.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}")
+    publish("\n".join(lines) + "\n", options.append)
 
 
 if __name__ == "__main__":

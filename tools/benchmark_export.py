@@ -31,6 +31,7 @@ from measured_export import (
     default_cache,
     machine,
     measure,
+    publish,
     warm,
 )
 
@@ -147,10 +148,7 @@ def main() -> None:
     heading = f"### Export of {source.name} under `{options.profile}`, {day}"
     facts = f"- Input: {describe(source)}\n- Machine: {where}\n- Versions: {versions(tools)}"
     section = f"{heading}\n\n{table(runs)}\n\n{facts}\n"
-    print(section)
-    if options.append:
-        with options.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{section}")
+    publish(section, options.append)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from typing import IO, Any
 from benchmark_encoder import instructions
 from benchmark_export import describe
 from llama_gguf import ARCHITECTURES, TYPES
-from measured_export import BUILDER_PINS, Missing, default_cache, machine
+from measured_export import BUILDER_PINS, Missing, default_cache, machine, publish
 from processor_time import Others
 from roofline import last_level_cache, read_bandwidth
 from speed_contenders import GROUPS, Contender, gather, split_settings
@@ -271,13 +271,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         document = run(options, scratch, stack)
-    result = section(document)
-    print(result)
+    publish(section(document), options.append)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if options.append:
-        with options.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{result}")
 
 
 if __name__ == "__main__":

@@ -205,6 +205,14 @@ def compress_command() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "compress.cli"]
 
 
+def publish(section: str, file: Path | None) -> None:
+    """Print a section of Markdown, and add it to a file if one is given."""
+    print(section)
+    if file is not None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(f"\n{section}")
+
+
 def machine() -> str:
     """Describe this machine in one line, its load included: a busy machine's times are worth little."""
     info = Path("/proc/cpuinfo").read_text().splitlines()

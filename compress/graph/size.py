@@ -37,8 +37,9 @@ _ENCODER_LOOKUP, _ENCODER_SEGMENTS = 103, 122
 _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
 _LONG_ROPE = (1167, 22)
-#: A sink for every head that adds nothing, and the input that it is of every attention node.
-_MATERIALIZED = (50, 23)
+#: A sink for every head that adds nothing, and the input that it is of every attention node: with rotary tables among
+#: the inputs before it, and without.
+_SINK, _SINK_INPUT = 27, (23, 27)
 _CAST = 48
 #: What products of integers need more than a MatMulNBits: with a range of their own, a fixed one, one for every token.
 _INTEGER = {"tensor": -35, "fixed": 122, "token": 501}
@@ -74,7 +75,8 @@ def predict_graph_bytes(plan: Plan) -> int:
         if fate.tied and fate.scheme is not None and fate.scheme.activations == "none":
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
     if plan.attention == "materialized":
-        total += _MATERIALIZED[0] + 4 * plan.structure.heads + _MATERIALIZED[1] * plan.structure.layers
+        each = _SINK_INPUT[plan.decoder.rope_shape is None]
+        total += _SINK + 4 * plan.decoder.heads + each * plan.decoder.layers
     return total if encoder is not None else total + _integer_bytes(plan)
 
 

@@ -9,7 +9,7 @@ on the provider's own device where it has one: copies to the host and back made 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ class CachedDecoder:
     ``at_once`` is the most tokens that one run of the graph may be given, ``None`` for any number. ``device`` is where
     the cache is kept, as ONNX Runtime names devices; ``None`` for the host. With a ``capacity`` the cache is one
     buffer of so many positions that every run writes its own into, as onnxruntime-genai does; ``GroupQueryAttention``
-    can do that. Without one, every run copies what there is into a new cache.
+    can do that. It is on the host. Without one, every run copies what there is into a new cache.
 
     Raises:
         CompressError: The graph's inputs and outputs are not those of a decoder.
+        ValueError: Both a device and a capacity are given.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class CachedDecoder:
     ) -> None:
         from onnxruntime import OrtValue
 
+        if capacity is not None and device is not None:
+            raise ValueError("a cache of a fixed capacity is kept on the host")
         self._session, self._value, self._at_once = session, OrtValue.ortvalue_from_numpy, at_once
         self._device, self._capacity = device, capacity
         inputs = {value.name: value for value in session.get_inputs()}
@@ -112,16 +115,15 @@ class CachedDecoder:
         if self._capacity is not None:
             if total > self._capacity:
                 raise CompressError(f"{total} positions do not fit a cache of {self._capacity}")
-            self._cache = {name: values[name] for name in self._past}
-            kept = min(keep, new) if keep and self.trims_logits else new
-            logits = _empty(self._logits, [batch, kept, self._logits.shape[-1]])
-            _run_into(self._session, names, values, [logits, *self._cache.values()])
+            rows = min(keep, new) if keep and self.trims_logits else new
+            empty = _empty(self._logits, [batch, rows, self._logits.shape[-1]])
+            into = [empty, *(values[name] for name in self._past)]
+            logits, *present = _run_vectors(self._session, names, values, ["cpu"] * len(names), into)
+        elif self._device is None:
+            logits, *present = self._session.run_with_ort_values(names, values)
         else:
-            if self._device is None:
-                logits, *present = self._session.run_with_ort_values(names, values)
-            else:
-                logits, *present = _run_on(self._session, names, values, self._device)
-            self._cache = dict(zip(self._past, present, strict=True))
+            logits, *present = _run_vectors(self._session, names, values, ["cpu", *[self._device] * (len(names) - 1)])
+        self._cache = dict(zip(self._past, present, strict=True))
         self.length = total
         result: npt.NDArray[np.float32] = logits.numpy().astype(np.float32, copy=False)
         return result
@@ -143,8 +145,14 @@ def empty_cache(value: Any, batch: int, positions: int = 0) -> npt.NDArray[Any]:
     return np.zeros((batch, shape[1], positions, shape[3]), _CACHE_TYPES[value.type])
 
 
-def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: str) -> list[Any]:  # noqa: ANN401
-    """Run a session, the first output fetched to the host, the others left on ``device``; return ``OrtValue``s.
+def _run_vectors(
+    session: Any,  # noqa: ANN401 - onnxruntime has no stubs
+    names: list[str],
+    values: Mapping[str, Any],
+    places: list[str],
+    into: Sequence[Any] = (),
+) -> list[Any]:
+    """Run a session whose outputs are left on the devices ``places``, or written ``into`` these; return ``OrtValue``s.
 
     Not an IOBinding: that refuses an input which has a default (it looks among the required ones only).
     """
@@ -152,29 +160,17 @@ def _run_on(session: Any, names: list[str], values: Mapping[str, Any], device: s
     from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
     feeds, fetches = OrtValueVector(), OrtValueVector()
-    for value in values.values():
-        feeds.push_back(value._ortvalue)
-    host, own = (OrtDevice.make(name, 0)._get_c_device() for name in ("cpu", device))
-    places = [host] + [own] * (len(names) - 1)
-    session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, places)
-    return [OrtValue(value) for value in fetches]
+    for vector, given in ((feeds, values.values()), (fetches, into)):
+        for value in given:
+            vector.push_back(value._ortvalue)
+    devices = [OrtDevice.make(place, 0)._get_c_device() for place in places]
+    session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, devices)
+    # A value over an array of numpy's keeps that alive; another one over the same memory would not.
+    return list(into) or [OrtValue(value) for value in fetches]
 
 
 def _empty(output: Any, shape: list[int]) -> Any:  # noqa: ANN401 - onnxruntime has no stubs
-    """Return an ``OrtValue`` of ``shape`` for a float output to be written into."""
+    """Return an ``OrtValue`` of ``shape`` on the host for a float output to be written into."""
     from onnxruntime import OrtValue
 
     return OrtValue.ortvalue_from_shape_and_type(shape, _CACHE_TYPES[output.type])
-
-
-def _run_into(session: Any, names: list[str], values: Mapping[str, Any], outputs: list[Any]) -> None:  # noqa: ANN401
-    """Run a session on the host whose outputs ``names`` are written into the ``OrtValue``s given for them."""
-    from onnxruntime import OrtDevice, RunOptions
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
-
-    feeds, fetches = OrtValueVector(), OrtValueVector()
-    for vector, given in ((feeds, values.values()), (fetches, outputs)):
-        for value in given:
-            vector.push_back(value._ortvalue)
-    host = OrtDevice.make("cpu", 0)._get_c_device()
-    session.run_with_ortvaluevector(RunOptions(), list(values), feeds, names, fetches, [host] * len(names))

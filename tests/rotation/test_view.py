@@ -16,6 +16,8 @@ from compress.contracts import Decoder
 from compress.errors import UsageError
 from compress.profile import load_profile
 from compress.rotation.modules import rotate_inputs
+from compress.rotation.structure import rotates
+from compress.source import open_checkpoint
 from parity import differences, expected_logits, load
 from tiny_models import VOCABULARY
 
@@ -95,6 +97,14 @@ def test_float_artifact_agrees_with_pytorch(
     matrix.raw_data = np.roll(np.frombuffer(matrix.raw_data, np.float32), 1).tobytes()
     (broken / "model.onnx").write_bytes(model.SerializeToString())
     assert min(differences(broken, expected).values()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("llama", True), ("phi3", True), ("gpt2", False), ("bert:embedding", False)]
+)
+def test_which_models_rotate_is_known_before(name: str, known: bool, tiny_model: Callable[[str], Path]) -> None:
+    with open_checkpoint(str(tiny_model(name))) as checkpoint:
+        assert rotates(pipeline.describe(checkpoint)) is known
 
 
 def test_layer_norms_have_no_rotation(tiny_model: Callable[[str], Path]) -> None:

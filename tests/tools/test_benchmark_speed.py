@@ -287,6 +287,7 @@ def worker_of(model: Path, tmp_path: Path) -> Worker:
 def test_a_worker_times_rounds_on_request(tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:
     worker = worker_of(tiny_artifact("llama") / "model.onnx", tmp_path)
     try:
+        assert b"TOLD=1" in Path(f"/proc/{worker.pid}/environ").read_bytes().split(b"\0")
         assert worker.facts["all_positions"] is False and worker.facts["peak_rss_bytes"] > 10e6
         for _ in range(2):
             found = worker.round()

@@ -81,3 +81,5 @@ def test_a_cache_that_is_written_into_gives_the_same_logits(artifact: Path, keep
         assert np.abs(found - CachedDecoder(session).feed(TOKENS[:, 4:6], keep)).max() > 0.1  # the control: no past
         copied.reset()
         shared.reset()
+    with pytest.raises(ValueError, match="on the host"):
+        CachedDecoder(session, device="cpu", capacity=11)
