@@ -68,13 +68,13 @@ def check_calibration(plan: Plan, profile: Profile, options: ExportOptions) -> N
     Raises:
         UsageError: The profile calibrates nothing on this model, or on text that the model writes itself.
     """
-    from compress.calibrate import encoder
+    from compress.calibrate import decoder, encoder
 
     if options.calibration_text is None or profile.prune.wanted:  # pruning reads it, or has refused it
         return
     writes = not isinstance(plan.structure, Encoder)
     if writes:
-        reads = profile.quantize.effort != "fast" and any(fate.scheme is not None for fate in plan.fates)
+        reads = decoder.wanted(plan, profile)
         remedy = "--set quantize.effort=balanced"
     else:
         reads = encoder.wanted(plan, profile) or profile.quantize.activation_bits is not None

@@ -486,6 +486,8 @@ ScaleFormat = Literal["float32", "float16", "int8"]
 FloatType = Literal["float32", "float16"]
 #: Who decides how a decoder's attention holds its scores: the runtime, or the graph, which has them held whole.
 AttentionWay = Literal["runtime", "materialized"]
+#: How a decoder's graph keeps keys and values from token to token: in its own floats, or rounded to bytes.
+CacheType = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -646,12 +648,14 @@ class Provider(Protocol):
         static_shapes: Whether it takes only graphs whose every dimension is a number.
         cache_device: ONNX Runtime's name of the memory that a decoder's cache stays in between steps, ``None`` for
             the host's.
+        cache_types: How a decoder's cache may be kept.
     """
 
     name: str
     onnxruntime_name: str
     static_shapes: bool
     cache_device: str | None
+    cache_types: tuple[CacheType, ...]
 
     def runtime(self) -> Runtime:
         """Return how to start a process that can use it.

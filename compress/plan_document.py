@@ -83,6 +83,8 @@ class PlanDocument(_Strict):
         bits_per_weight: Scales and zero points included.
         source_bytes: The source's weights.
         predicted_bytes: Graph and weights of the artifact.
+        cache_bytes_per_token: What keys and values of a token take while the artifact writes; ``None`` where there is
+            no cache, or one of a fixed size.
         predicted_peak_memory: By stage.
         predicted_calibration_seconds: On this machine; ``None`` where nothing is calibrated.
         tensors: Every tensor's fate.
@@ -99,6 +101,7 @@ class PlanDocument(_Strict):
     bits_per_weight: float
     source_bytes: int
     predicted_bytes: int
+    cache_bytes_per_token: int | None = None
     predicted_peak_memory: PeakMemory
     predicted_calibration_seconds: float | None
     tensors: tuple[PlannedTensor, ...]

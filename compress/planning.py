@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 from compress.contracts import (
     AttentionWay,
+    CacheType,
     Checkpoint,
     Decoder,
     Encoder,
@@ -43,6 +44,9 @@ _FLOATS_LIMIT = 8 << 20
 
 #: Endings of the constants that a fixed input range is stored as.
 INPUT_RANGE = ("input_range_scale", "input_range_zero_point")
+
+#: Names of the constants that keys and values of a layer are rounded by, float32 ``[kv_heads, 1, head_dim]``.
+CACHE_SCALES = ("cache.{}.key_scale", "cache.{}.value_scale")
 
 DType = Literal["float32", "float16", "int8", "uint8"]
 _ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
@@ -107,7 +111,7 @@ class Plan:
     """Fates in file order and the predictions that follow from them; sizes in bytes.
 
     ``static_length``, ``cache_length`` and ``activation_bits`` are the profile's: they decide how large the graph file
-    is. ``float_type`` is that of every float tensor. ``attention`` is what a decoder's graph asks for.
+    is. ``float_type`` is that of every float tensor. ``attention`` and ``cache_type`` are what a decoder's graph has.
     """
 
     model_type: str
@@ -122,6 +126,7 @@ class Plan:
     activation_bits: int | None = None
     float_type: FloatType = "float32"
     attention: AttentionWay = "runtime"
+    cache_type: CacheType = "float"
 
     @property
     def decoder(self) -> Decoder:
@@ -145,6 +150,14 @@ class Plan:
     def predicted_bytes(self) -> int:
         """Predicted bytes of ``model.onnx`` and ``model.onnx.data`` together."""
         return self.data_bytes + self.graph_bytes
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that keys and values of a token take, ``None`` without a cache, or with one of a fixed size."""
+        if not isinstance(self.structure, Decoder) or self.static_length is not None:
+            return None
+        numbers = 2 * self.structure.layers * self.structure.kv_heads * self.structure.head_dim
+        return numbers * _ITEM_BYTES[self.float_type if self.cache_type == "float" else self.cache_type]
 
     @property
     def weight_count(self) -> int:
@@ -184,6 +197,7 @@ def make_plan(
     if isinstance(structure, Decoder):
         profile = profile.model_copy(update={"quantize": profile.quantize.for_decoders()})
     _check_half(structure, profile)
+    _check_cache(structure, profile)
     layout = _Layout(_FLOATS_LIMIT if profile.quantize.activation_bits is not None else INLINE_LIMIT)
     given = schemes or {}
     fates = [_plan_table(table, structure, profile, layout, given) for table in structure.tables]
@@ -228,6 +242,7 @@ def make_plan(
         activation_bits=profile.quantize.activation_bits,
         float_type=floats,
         attention=attention_way(structure, profile),
+        cache_type=cache_type(structure, profile),
     )
 
 
@@ -239,6 +254,26 @@ def attention_way(structure: Structure, profile: Profile) -> AttentionWay:
     """
     plain = isinstance(structure, Decoder) and structure.rope_switch is None
     return profile.graph.attention if plain else "runtime"
+
+
+def cache_type(structure: Structure, profile: Profile) -> CacheType:
+    """Return how the graph keeps keys and values."""
+    return profile.graph.cache_type if isinstance(structure, Decoder) else "float"
+
+
+def _check_cache(structure: Structure, profile: Profile) -> None:
+    """Refuse a cache that the provider has no kernel for.
+
+    Raises:
+        UsageError: Which.
+    """
+    wanted = cache_type(structure, profile)
+    if wanted not in load_provider(profile.provider).cache_types:
+        raise UsageError(
+            f"{profile.provider} has no attention that keeps its cache as {wanted}",
+            where=f"profile {profile.name}, graph.cache_type",
+            hint="--set graph.cache_type=float",
+        )
 
 
 def _check_half(structure: Structure, profile: Profile) -> None:
@@ -270,6 +305,10 @@ def _expected_constants(
     structure: Structure, profile: Profile, fates: Sequence[Fate]
 ) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     """Return what calibration will add, as far as it is known before: not how many neurons it repeats."""
+    if isinstance(structure, Decoder):
+        shape = (structure.kv_heads, 1, structure.head_dim)
+        layers = range(structure.layers) if cache_type(structure, profile) == "int8" else ()
+        return {name.format(layer): ("float32", shape) for layer in layers for name in CACHE_SCALES}
     integers = any(fate.scheme is not None and fate.scheme.activations != "none" for fate in fates)
     if not isinstance(structure, Encoder) or profile.quantize.smoothing != "calibrated" or not integers:
         return {}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.contracts import Activations, AttentionWay, FloatType, Role, ScaleFormat, Scheme
+from compress.contracts import Activations, AttentionWay, CacheType, FloatType, Role, ScaleFormat, Scheme
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.sizes import parse_size
 
@@ -217,6 +217,10 @@ class Graph(_Strict):
     tiles, which on x86 takes 0.5 to 0.9 of the time and, while a block runs, ``heads * new * total`` floats. Models
     with LongRoPE keep the runtime's way, because their prompts cannot be fed in pieces.
 
+    ``cache_type = "int8"`` (decoders) keeps keys and values in bytes, a quarter of the memory, with a scale for every
+    channel of every head that the calibration text shows. On CPUs a token behind a long text takes less time, and a
+    prompt more (docs/performance.md).
+
     ``float_type = "float16"`` (decoders) halves what is not quantized, activations, cache and logits: for providers
     that multiply float16 as it is. Scales of quantized weights are float16 too then, as the kernels want them.
     """
@@ -230,6 +234,7 @@ class Graph(_Strict):
     gelu: Literal["exact", "tanh"] = "exact"
     tables: Literal["fused", "standard"] = "fused"
     attention: AttentionWay = "runtime"
+    cache_type: CacheType = "float"
     static_length: int | None = Field(default=None, ge=8, le=4096)
     cache_length: int = Field(default=512, ge=8, le=1 << 16)
 
@@ -338,6 +343,10 @@ class Profile(_Strict):
             raise ValueError('graph.static_length is for standard operators: set graph.fusions = ["gelu"]')
         if graph.static_length is not None and graph.attention != "runtime":
             raise ValueError("graph.static_length is for standard operators: leave out graph.attention")
+        if graph.static_length is not None and graph.cache_type != "float":
+            raise ValueError(
+                "a graph of fixed shapes has the cache that its provider makes of it: leave out graph.cache_type"
+            )
         return self
 
     @model_validator(mode="after")

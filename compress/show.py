@@ -46,6 +46,7 @@ def plan_document(
         "bits_per_weight": round(plan.bits_per_weight, 3),
         "source_bytes": plan.source_bytes,
         "predicted_bytes": plan.predicted_bytes,
+        "cache_bytes_per_token": plan.cache_bytes,
         "predicted_peak_memory": {
             "graph": prediction.graph,
             "weights": prediction.weights,
@@ -92,7 +93,7 @@ def plan_text(document: Mapping[str, Any]) -> str:
     lines.append(f"{'role':<18}{'storage':<16}{'tensors':>8}{'parameters':>16}{'size':>12}")
     for (role, storage), (tensors, count, size) in groups.items():
         lines.append(f"{role:<18}{storage:<16}{tensors:>8}{count:>16,}{format_size(size):>12}")
-    peak = document["predicted_peak_memory"]
+    peak, cache = document["predicted_peak_memory"], document["cache_bytes_per_token"]
     ratio = document["source_bytes"] / document["predicted_bytes"]
     lines += [
         "",
@@ -100,6 +101,7 @@ def plan_text(document: Mapping[str, Any]) -> str:
         f"bits a weight     {document['bits_per_weight']:.2f}",
         f"source            {format_size(document['source_bytes'])}",
         f"artifact          {format_size(document['predicted_bytes'])} ({ratio:.1f}x smaller)",
+        *([] if cache is None else [f"key/value cache   {format_size(1024 * cache)} for 1,024 tokens"]),
         f"peak memory       {format_size(peak['export'])} to export, {format_size(peak['validation'])} to validate",
     ]
     least = peak["validation_in_pieces"]

@@ -111,7 +111,8 @@ def write_weights(
     stream = _Stream(plan, checkpoint, quantizer, data, calibration, stopped, progress, smoothing, moments, errors)
     tasks = list(_tasks(plan, smoothing, done))
     stream.ledger = _Ledger(tasks, stream.store, finished)
-    stream.written = sum(plan.by_name[name].rows * plan.by_name[name].columns for name in done)
+    known = [plan.by_name[name] for name in done]
+    stream.written = sum(fate.rows * fate.columns for fate in known if fate.reads)
     for name, array in (smoothing.constants if smoothing is not None else {}).items():
         stream.store.constant(plan.by_name[name].stored[0], array)
     with (

@@ -55,7 +55,7 @@ class PlainDecoder:
         return tokens[len(prompt) :], lead
 
     def _empty(self, batch: int) -> dict[str, npt.NDArray[np.floating]]:
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         return {
             name: np.zeros((batch, value.shape[1], 0, value.shape[3]), types[value.type])
             for name, value in self._inputs.items()

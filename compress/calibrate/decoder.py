@@ -42,11 +42,11 @@ Progress = Callable[[float], None]
 
 
 def wanted(plan: Plan, profile: Profile) -> bool:
-    """Return whether a plan's weights are calibrated block by block: a decoder, some effort, something quantized."""
+    """Return whether a plan is calibrated block by block: a decoder, some effort, something quantized."""
     return (
         isinstance(plan.structure, Decoder)
         and profile.quantize.effort != "fast"
-        and any(fate.scheme is not None for fate in plan.fates)
+        and (plan.cache_type == "int8" or any(fate.scheme is not None for fate in plan.fates))
     )
 
 
@@ -59,11 +59,17 @@ def weighs_tokens(plan: Plan, profile: Profile) -> bool:
 
 
 def check(plan: Plan, profile: Profile) -> None:
-    """Refuse an algorithm that would have nothing to work with.
+    """Refuse an algorithm, or a cache of bytes, that would have nothing to work with.
 
     Raises:
-        UsageError: The algorithm needs calibration, and the profile or the model has none.
+        UsageError: It needs calibration, and the profile or the model has none.
     """
+    if plan.cache_type == "int8" and not wanted(plan, profile):
+        raise UsageError(
+            "how large keys and values get is seen on a calibration text, and effort 'fast' reads none",
+            where=f"profile {profile.name}, graph.cache_type",
+            hint="--set quantize.effort=balanced",
+        )
     name = profile.quantize.quantizer
     if any(hasattr(load_quantizer(name), needed) for needed in _NEED_TEXT) and not wanted(plan, profile):
         raise UsageError(

@@ -28,6 +28,7 @@ import torch
 
 from compress import rotation
 from compress.allocator import keep_buffers
+from compress.calibrate import cache_ranges
 from compress.calibrate.blocks import Block, BlockLinear, Workers, require_finite, statistics
 from compress.calibrate.fold import fold_channels
 from compress.calibrate.tune import tune_scales
@@ -45,7 +46,7 @@ from compress.contracts import (
 from compress.errors import CompressError
 from compress.families import load_family
 from compress.package.writer import DataFile
-from compress.planning import Fate, Plan, make_plan
+from compress.planning import CACHE_SCALES, Fate, Plan, make_plan
 from compress.profile import Profile, parse_profile
 from compress.quantize import load_quantizer
 from compress.reading import CHUNK_WEIGHTS, read_rows
@@ -135,9 +136,23 @@ class Quantization:
         for linear in wanted:
             self.store.quantized(fates[linear.name], 0, results[linear.name], before[linear.name])
             self.written.append(linear.name)
-        result = block.outputs()
+        result = self._outputs(block)
         self._save(index + 1, result)
         self.progress(_BLOCKS_SHARE * (index + 1) / given.decoder.layers)
+        return result
+
+    def _outputs(self, block: Block) -> torch.Tensor:
+        """Return what a block gives now; where its cache is kept in bytes, store what they are scaled by."""
+        given = self.given
+        if given.plan.cache_type == "float":
+            return block.outputs()
+        with cache_ranges.watched(block.layer, given.decoder) as ranges:
+            result = block.outputs()
+        found = ranges.scales(given.decoder.kv_heads, where=f"block {block.index}")
+        for name, scales in zip(CACHE_SCALES, found, strict=True):
+            fate = given.plan.by_name[name.format(block.index)]
+            self.store.constant(fate.stored[0], scales)
+            self.written.append(fate.name)
         return result
 
     def _save(self, done: int, hidden: torch.Tensor) -> None:

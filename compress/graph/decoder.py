@@ -16,7 +16,18 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.graph.finished import FinishedGraph, place_vectors, unplaced
-from compress.graph.rules import half, linear, logits_to_keep, long_rope, materialized, names, rotary, rotation, table
+from compress.graph.rules import (
+    half,
+    integer_cache,
+    linear,
+    logits_to_keep,
+    long_rope,
+    materialized,
+    names,
+    rotary,
+    rotation,
+    table,
+)
 from compress.graph.rules._edit import Weights
 from compress.graph.static_decoder import make_static
 from compress.planning import Plan
@@ -65,6 +76,8 @@ def build_decoder(
     weights.restore_names()
     if plan.float_type == "float16":
         fired["half"] = half.apply(model.graph)
+    if plan.cache_type == "int8":  # after that: its scales are float32 whatever the graph's floats are
+        fired["integer_cache"] = integer_cache.apply(model.graph, plan, weights)
     _check(model.graph, plan, fired)
     model.functions.clear()  # fallback bodies of fused operators, which every supported provider has kernels for
     model.opset_imports[""] = OPSET
@@ -88,7 +101,7 @@ def _check(graph: ir.Graph, plan: Plan, fired: Mapping[str, int]) -> None:
         "table": len(decoder.tables),
         "vector": len(decoder.vectors),
         **({"logits_to_keep": 1} if "logits_to_keep" in fired else {}),
-        **({name: decoder.layers for name in ("long_rope", "materialized") if name in fired}),
+        **({name: decoder.layers for name in ("long_rope", "materialized", "integer_cache") if name in fired}),
         # Keys and values, in and out, and the logits.
         **({"half": 4 * decoder.layers + 1} if plan.float_type == "float16" else {}),
     }

@@ -40,6 +40,8 @@ _LONG_ROPE = (1167, 22)
 #: A sink for every head that adds nothing, and the input that it is of every attention node: with rotary tables among
 #: the inputs before it, and without.
 _SINK, _SINK_INPUT = 27, (23, 27)
+#: What an attention node says of a cache of bytes; each of its inputs up to the scales that is left out.
+_BYTES_CACHE, _ABSENT, _SCALE_INPUT = 91, 2, 12
 _CAST = 48
 #: What products of integers need more than a MatMulNBits: with a range of their own, a fixed one, one for every token.
 _INTEGER = {"tensor": -35, "fixed": 122, "token": 501}
@@ -77,7 +79,17 @@ def predict_graph_bytes(plan: Plan) -> int:
     if plan.attention == "materialized":
         each = _SINK_INPUT[plan.decoder.rope_shape is None]
         total += _SINK + 4 * plan.decoder.heads + each * plan.decoder.layers
+    if plan.cache_type == "int8":
+        total += plan.decoder.layers * (_BYTES_CACHE + _ABSENT * (_SCALE_INPUT - _attention_inputs(plan)))
     return total if encoder is not None else total + _integer_bytes(plan)
+
+
+def _attention_inputs(plan: Plan) -> int:
+    """Return how many inputs an attention node has before the scales of its cache: the last may be a sink."""
+    if plan.attention == "materialized":
+        return _SCALE_INPUT
+    decoder = plan.decoder
+    return 7 if decoder.rope_shape is None else 9 if decoder.rope_switch is None else 10
 
 
 def _integer_bytes(plan: Plan) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from compress.contracts import Decoder, Encoder, Linear, Role, Scheme, Structure
 from compress.errors import UsageError
 from compress.latency.parts import Attention, Ends, FeedForward, Part, Product, Stored, Style
-from compress.planning import attention_way
+from compress.planning import attention_way, cache_type
 from compress.profile import Profile, Quantize
 from compress.quantize.scheme import BLOCK_SIZES
 from compress.rotation.structure import rotated
@@ -194,6 +194,7 @@ def _style(structure: Structure, profile: Profile, blocks: list[tuple[Linear, St
         packed=not decoder and "packed_attention" in profile.graph.fusions,
         shared=not decoder and len({linear.layer for linear, _ in blocks}) < structure.layers,
         materialized=attention_way(structure, profile) == "materialized",
+        int8_cache=cache_type(structure, profile) == "int8",
     )
 
 

@@ -35,6 +35,9 @@ _ROTARY_ROWS = 4096
 #: the memory of its intermediate results.
 _DIRECT_OUTPUT_BYTES = 1 << 20
 
+#: Attributes of an attention that keeps keys and values as bytes.
+_INTEGER_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+
 Array = npt.NDArray[Any]
 
 
@@ -74,9 +77,9 @@ class Graph:
         self.feeds[name] = array
         return name
 
-    def output(self, name: str) -> None:
-        """Make a float32 value an output."""
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    def output(self, name: str, kind: int = TensorProto.FLOAT) -> None:
+        """Make a value, float32 or of another ONNX element type, an output."""
+        self._outputs.append(helper.make_tensor_value_info(name, kind, None))
 
     def constant(self, array: Array, stem: str = "constant") -> str:
         """Add a small array inside the graph."""
@@ -323,27 +326,37 @@ class _Blocks:
         graph, workload = self.graph, self.workload
         packed = self._linear(value, part.packed_size, part.hidden, part.qkv, f"{name}.qkv")
         shape = (workload.batch, part.kv_heads, workload.past, part.head_dim)
-        past = [graph.input(f"past.{copy}.{kind}", self.noise.floats(*shape), (0, 2)) for kind in ("key", "value")]
+        integers = self.style.int8_cache
+        held = [self.noise.codes(*shape).view(np.int8) if integers else self.noise.floats(*shape) for _ in range(2)]
+        past = [graph.input(f"past.{copy}.{i}", array, (0, 2)) for i, array in zip(("key", "value"), held, strict=True)]
         output, key, values = graph.node(
             "GroupQueryAttention",
-            [packed, "", "", *past, *shared, *self._sink(part)],
+            [packed, "", "", *past, *shared, *self._further(part)],
             _MICROSOFT,
             outputs=3,
             num_heads=part.heads,
             kv_num_heads=part.kv_heads,
             scale=float(part.head_dim**-0.5),
             do_rotary=int(self.style.rotary),
+            **(_INTEGER_CACHE if integers else {}),
         )
-        graph.output(key)
-        graph.output(values)
+        for kept in (key, values):
+            graph.output(kept, TensorProto.INT8 if integers else TensorProto.FLOAT)
         return output
 
-    def _sink(self, part: Attention) -> list[str]:
-        if not self.style.materialized:
+    def _further(self, part: Attention) -> list[str]:
+        """Return the inputs behind the rotary tables: a sink, and what keys and values are rounded by."""
+        style, graph = self.style, self.graph
+        if not (style.materialized or style.int8_cache):
             return []
         # Without rotary tables their two inputs are left out as well.
-        absent = ["", ""] if self.style.rotary else ["", "", "", ""]
-        return [*absent, self.graph.weight(np.full(part.heads, NOTHING, np.float32), "attention/no_sink")]
+        given = ["", ""] if style.rotary else ["", "", "", ""]
+        held = style.materialized
+        given.append(graph.weight(np.full(part.heads, NOTHING, np.float32), "attention/no_sink") if held else "")
+        if style.int8_cache:
+            scales = np.full((part.kv_heads, 1, part.head_dim), 1 / 127, np.float32)
+            given += [graph.weight(scales, "cache/scales")] * 2
+        return given
 
     def _masked(self, part: Attention, value: str, shared: list[str], name: str, copy: int) -> str:
         graph, width = self.graph, part.heads * part.head_dim

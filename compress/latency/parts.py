@@ -77,7 +77,7 @@ class Style:
     SiLU and a multiplication; else GELU, exact or by its ``tanh`` form. ``rotary``: positions are rotated in the
     attention. ``smoothed``: channels are rescaled around integer products. ``packed``: query, key and value are the
     attention's own product. ``shared``: all blocks have the same weights. ``materialized``: the attention holds its
-    scores whole.
+    scores whole. ``int8_cache``: keys and values are kept as bytes.
     """
 
     decoder: bool
@@ -90,6 +90,7 @@ class Style:
     packed: bool = True
     shared: bool = False
     materialized: bool = False
+    int8_cache: bool = False
 
 
 @dataclass(frozen=True)

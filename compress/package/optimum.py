@@ -40,6 +40,12 @@ def check(wish: Wish) -> None:
             where=f"profile {wish.profile.name}",
             hint='leave "optimum" out of targets',
         )
+    if wish.plan.cache_type == "int8":
+        raise UsageError(
+            "optimum begins with an empty cache of floats, and the profile's keeps bytes (graph.cache_type)",
+            where=f"profile {wish.profile.name}",
+            hint='leave "optimum" out of targets',
+        )
 
 
 def needs(wish: Wish) -> Needs:

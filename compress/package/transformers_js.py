@@ -62,6 +62,12 @@ def check(wish: Wish) -> None:
             where=f"profile {wish.profile.name}",
             hint='leave "transformers-js" out of targets',
         )
+    if wish.plan.cache_type == "int8":
+        raise UsageError(
+            "transformers.js begins with an empty cache of floats, and the profile's keeps bytes (graph.cache_type)",
+            where=f"profile {wish.profile.name}",
+            hint='leave "transformers-js" out of targets',
+        )
     dtype(wish.profile)
 
 

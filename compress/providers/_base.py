@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.contracts import Evidence, Runtime, Scheme
+from compress.contracts import CacheType, Evidence, Runtime, Scheme
 from compress.environments import Environment
 from compress.errors import ProviderError
 from compress.providers._session import session_options
@@ -29,6 +29,7 @@ class OrtProvider:
     onnxruntime_name = ""
     static_shapes = False
     cache_device: str | None = None
+    cache_types: tuple[CacheType, ...] = ("float",)
     package = "onnxruntime"
     environment: Environment | None = None
 

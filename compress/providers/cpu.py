@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.contracts import Scheme
+from compress.contracts import CacheType, Scheme
 from compress.providers._base import OrtProvider
 
 _FAST_2BIT_BLOCKS = (32, 64, 128)
@@ -13,6 +13,7 @@ class CpuProvider(OrtProvider):
 
     name = "cpu"
     onnxruntime_name = "CPUExecutionProvider"
+    cache_types: tuple[CacheType, ...] = ("float", "int8")
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why ``MatMulNBits`` cannot run ``scheme`` fast on CPUs, or ``None``."""
