@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from plain_decoder import PlainDecoder
-from tiny_models import FAMILIES, VOCABULARY
+from tiny_models import FAMILIES, INT8_CACHE, VOCABULARY
 
 genai = pytest.importorskip("onnxruntime_genai")
 
@@ -77,6 +78,25 @@ def test_integer_products_of_a_rotated_model_are_taken(name: str, tiny_artifact:
     artifact = tiny_artifact(name, "x86-int8-hybrid", "quantize.effort=fast")
     for prompt, expected in telling(PlainDecoder(artifact)):
         assert generate(artifact, prompt, NEW) == expected
+
+
+@pytest.mark.parametrize("more", [(), ("graph.attention=materialized",)], ids=["tiled", "held"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_of_bytes_is_taken(
+    name: str, more: tuple[str, ...], tiny_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    artifact = tiny_artifact(name, "float", *INT8_CACHE, *more)
+    cases = telling(PlainDecoder(artifact))
+    for prompt, expected in cases:
+        assert generate(artifact, prompt, NEW) == expected
+    # The control: at other scales the same bytes say something else.
+    broken = shutil.copytree(artifact, tmp_path / "broken")
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    for item in model.graph.initializer:
+        if item.name.endswith(".value_scale"):
+            item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item) / 8, item.name))
+    (broken / "model.onnx").write_bytes(model.SerializeToString())
+    assert any(generate(broken, prompt, NEW) != expected for prompt, expected in cases)
 
 
 @pytest.mark.parametrize("keep", [0, 1])

@@ -14,7 +14,7 @@ from compress.errors import CompressError, UsageError
 from compress.planning import INLINE_LIMIT, Plan, make_plan
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, INT8_CACHE
 
 TABLE = "quantize.roles.embedding"
 #: The profile has blocks of its own for the table; it takes 2-bit codes in larger ones only.
@@ -81,6 +81,30 @@ def test_what_held_scores_add_to_a_graph(
     written = [(tiny_artifact(name, *given) / "model.onnx").stat().st_size for given in both]
     assert (planned[1] - planned[0], name) == (written[1] - written[0], name)
     assert (planned[1] > planned[0] + 100) == (name != "phi3-longrope")
+
+
+@pytest.mark.parametrize("more", [(), ("graph.attention=materialized",)], ids=["tiled", "held"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_cache_of_bytes_adds_to_a_graph_and_takes_from_memory(
+    name: str, more: tuple[str, ...], tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
+) -> None:
+    both = ("float", *INT8_CACHE[1:], *more), ("float", *INT8_CACHE, *more)
+    plans = [plan_of(tiny_model(name), *given) for given in both]
+    written = [tiny_artifact(name, *given) for given in both]
+    sizes = [(path / "model.onnx").stat().st_size for path in written]
+    # The length of the whole, which is written in front, may take a byte more.
+    assert sizes[1] - sizes[0] - (plans[1].graph_bytes - plans[0].graph_bytes) in (0, 1)
+    assert [plan.data_bytes for plan in plans] == [(path / "model.onnx.data").stat().st_size for path in written]
+    assert plans[1].weight_count == plans[0].weight_count  # scales are no parameters
+    decoder = plans[1].decoder
+    numbers = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim
+    assert [plan.cache_bytes for plan in plans] == [4 * numbers, numbers]
+    assert plan_of(tiny_model(name), "cuda-fp16").cache_bytes == 2 * numbers
+
+
+def test_encoders_and_static_graphs_have_no_cache_that_grows(tiny_model: Callable[[str], Path]) -> None:
+    assert plan_of(tiny_model("bert:embedding"), "x86-int8", "graph.cache_type=int8").cache_bytes is None
+    assert plan_of(tiny_model("llama"), "npu-qnn-int8").cache_bytes is None
 
 
 def test_variants_differ(tiny_model: Callable[[str], Path]) -> None:

@@ -74,6 +74,14 @@ def _config(name: str) -> tuple[Any, str]:
     raise KeyError(name)
 
 
+#: What makes a decoder's cache one of bytes, beside a profile.
+INT8_CACHE = (
+    "graph.cache_type=int8",
+    "quantize.effort=balanced",
+    "calibration.tokens=1024",
+    "calibration.window=64",
+    'targets=["genai"]',
+)
 #: Decoders.
 FAMILIES = ("llama", "llama-untied", "mistral", "phi3", "phi3-longrope", "gpt2")
 

@@ -81,6 +81,9 @@ class TestContract:
         with pytest.raises(ProviderError, match="cannot load"):
             providers.load(name).session(tmp_path / "model.onnx", {}, 1)
 
+    def test_floats_are_among_what_its_cache_may_be(self, name: str) -> None:
+        assert "float" in providers.load(name).cache_types
+
     def test_an_impossible_scheme_is_refused_with_a_reason(self, name: str) -> None:
         assert providers.load(name).supports(Scheme(bits=4, block_size=512, symmetric=True))
         assert providers.load(name).supports(Scheme(bits=5, block_size=32, symmetric=True))

@@ -16,12 +16,10 @@ from compress.errors import UsageError
 from compress.planning import CACHE_SCALES
 from parity import load
 from plain_decoder import PlainDecoder
-from tiny_models import FAMILIES, LONG_ROPE_SWITCH, SLIDING_WINDOW, VOCABULARY
+from tiny_models import FAMILIES, INT8_CACHE, LONG_ROPE_SWITCH, SLIDING_WINDOW, VOCABULARY
 
 #: Mean and largest difference of logits: sums in another order turn a code or two, which moves some by a thousandth.
 MEAN, MOST = 1e-4, 5e-3
-CALIBRATED = ("quantize.effort=balanced", "calibration.tokens=1024", "calibration.window=64", 'targets=["genai"]')
-INT8 = ("float", "graph.cache_type=int8", *CALIBRATED)
 PROMPT, TOTAL = 30, 38
 assert SLIDING_WINDOW < PROMPT < LONG_ROPE_SWITCH < TOTAL
 IDS = np.random.default_rng(0).integers(3, VOCABULARY, (1, TOTAL))
@@ -69,7 +67,7 @@ def found(artifact: Path) -> np.ndarray:
 def test_logits_are_those_of_a_cache_that_rounds(
     name: str, more: tuple[str, ...], tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
 ) -> None:
-    artifact = tiny_artifact(name, *INT8, *more)
+    artifact = tiny_artifact(name, "float", *INT8_CACHE, *more)
     scales, logits = scales_of(artifact), found(artifact)
     assert sorted(scales) == sorted(name.format(layer) for layer in range(3) for name in CACHE_SCALES)
     off = np.abs(logits - expected(tiny_model(name), scales))
@@ -87,12 +85,12 @@ def refusal(name: str, tiny_artifact: Callable[..., Path], *overrides: str) -> s
 
 
 def test_what_cannot_keep_bytes_is_refused_before_work(tiny_artifact: Callable[..., Path]) -> None:
-    wanted = "graph.cache_type=int8"
+    wanted, *calibrated, _ = INT8_CACHE
     cases = {
         ("x86-int4", wanted, 'targets=["genai"]'): "effort 'fast' reads none",
-        ("float", wanted, *CALIBRATED[:3], 'targets=["optimum"]'): "optimum begins with an empty cache of floats",
-        ("float", wanted, *CALIBRATED[:3], 'targets=["transformers-js"]'): "transformers.js begins with an empty cache",
-        ("webgpu-int4", wanted, *CALIBRATED): "webgpu has no attention that keeps its cache as int8",
+        ("float", wanted, *calibrated, 'targets=["optimum"]'): "optimum begins with an empty cache of floats",
+        ("float", wanted, *calibrated, 'targets=["transformers-js"]'): "transformers.js begins with an empty cache",
+        ("webgpu-int4", *INT8_CACHE): "webgpu has no attention that keeps its cache as int8",
         ("npu-qnn-int8", wanted): "leave out graph.cache_type",
         ("x86-int4", "graph.cache_type=int4"): "graph.cache_type",
     }

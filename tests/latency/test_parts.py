@@ -20,7 +20,7 @@ from compress.latency.parts import Attention, FeedForward, Part, Point, Product,
 from compress.latency.worker import Run
 from compress.profile import load_profile
 from compress.source import open_checkpoint
-from tiny_models import PLAIN_INT8
+from tiny_models import INT8_CACHE, PLAIN_INT8
 
 CASES = [
     ("llama", "float"),
@@ -29,6 +29,8 @@ CASES = [
     ("phi3", "x86-int8-hybrid"),
     ("gpt2", "float"),
     ("gpt2", "x86-int4-speed"),
+    ("llama", "float", *INT8_CACHE),
+    ("gpt2", "float", "graph.attention=materialized", *INT8_CACHE),
     ("bert:embedding", "float"),
     ("bert:embedding", PLAIN_INT8),
     ("bert:embedding", "x86-int4"),
@@ -57,6 +59,8 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
         if live & set(node.input):
             live |= set(node.output)
             name = f"{node.op_type} with a sink" if SINK in node.input else node.op_type
+            kept = [item.i for item in node.attribute if item.name == "kv_cache_bit_width"]
+            name += f", {kept[0]} bits kept" if kept else ""
             found[name] += node.op_type not in UNCOUNTED
     return +found
 
@@ -72,18 +76,19 @@ def of_part(part: Part, workload: Workload) -> Counter[str]:
     return two - one if two != one else one
 
 
-@pytest.mark.parametrize(("name", "profile"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
 def test_parts_have_the_operators_of_the_artifact(
-    name: str, profile: str, tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
+    case: tuple[str, ...], tiny_model: Callable[[str], Path], tiny_artifact: Callable[..., Path]
 ) -> None:
-    recipe = load_profile(profile)
+    name, profile, *overrides = case
+    recipe = load_profile(profile, overrides)
     geometry = geometry_of(structure_of(tiny_model(name)), recipe)
     workload = standard_workloads(decoder=geometry.style.decoder)
     expected: Counter[str] = Counter()
     for part, count in geometry.parts().items():
         for kind, often in of_part(part, next(iter(workload.values()))).items():
             expected[kind] += count * often
-    path = tiny_artifact(name, profile) / "model.onnx"
+    path = tiny_artifact(*case) / "model.onnx"
     assert expected == operators(onnx.load(path, load_external_data=False))
 
 
@@ -165,8 +170,8 @@ def test_a_large_head_is_measured_in_pieces(tiny_model: Callable[[str], Path]) -
 
 
 def test_points_survive_the_way_to_the_worker(tiny_model: Callable[[str], Path]) -> None:
-    for name, profile in CASES:
-        for part in geometry(tiny_model(name), profile).parts():
+    for name, *recipe in CASES:
+        for part in geometry(tiny_model(name), *recipe).parts():
             point = Point(part, Workload(2, 3, 4), 5, 6)
             assert point_from(point.as_request()) == point
             assert point_from(point.as_request()).key == point.key
@@ -188,9 +193,10 @@ def test_everything_that_matters_is_in_the_key(tiny_model: Callable[[str], Path]
     assert len({other.key for other in [point, *others]}) == len(others) + 1
 
 
-@pytest.mark.parametrize(("name", "profile"), CASES)
-def test_parts_run_and_give_numbers(name: str, profile: str, tiny_model: Callable[[str], Path]) -> None:
-    found = geometry(tiny_model(name), profile)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
+def test_parts_run_and_give_numbers(case: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:
+    name, *recipe = case
+    found = geometry(tiny_model(name), *recipe)
     noise = Noise()
     for workload in standard_workloads(decoder=found.style.decoder).values():
         for part in found.parts():

@@ -11,14 +11,15 @@ import pytest
 from compress import providers
 from compress.errors import CompressError
 from compress.validation.decoding import CachedDecoder
+from tiny_models import INT8_CACHE
 
 TOKENS = np.random.default_rng(3).integers(3, 380, (1, 11)).astype(np.int64)
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny_artifact: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="module", params=[(), INT8_CACHE], ids=["floats", "bytes"])
+def artifact(tiny_artifact: Callable[..., Path], request: pytest.FixtureRequest) -> Path:
     """A tiny Llama in float32: its activations are not rounded, so that only the order of sums differs."""
-    return tiny_artifact("llama", "float") / "model.onnx"
+    return tiny_artifact("llama", "float", *request.param) / "model.onnx"
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4, 11, 64])

@@ -18,6 +18,7 @@ from compress.validation import in_pieces, on_provider, run, worker
 from compress.validation.artifact import open_artifact
 from compress.validation.room import Way
 from compress.validation.speed import SpeedPlan
+from tiny_models import INT8_CACHE
 
 #: Longer than LongRoPE's switch and the sliding windows.
 LENGTH, PREFILL = 40, 29
@@ -87,6 +88,15 @@ def test_pieces_give_the_logits_of_the_whole(
     logits, cached = assert_equal(model, tmp_path)
     assert np.abs(logits[1:] - logits[:-1]).max() > 0.1  # a shift by one position would be seen
     assert len(cached) == 2 * (LENGTH - PREFILL)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3-longrope", "gpt2"])
+def test_so_do_graphs_whose_cache_is_of_bytes(family: str, tiny_artifact: Callable[..., Path], tmp_path: Path) -> None:
+    logits = {}
+    for kind, overrides in (("bytes", INT8_CACHE), ("floats", ())):
+        artifact = shutil.copytree(tiny_artifact(family, "float", *overrides), tmp_path / kind)
+        logits[kind] = assert_equal(artifact / "model.onnx", tmp_path / f"{kind}-answers")[1]
+    assert np.abs(logits["bytes"] - logits["floats"]).mean() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "gpt2"])
