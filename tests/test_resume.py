@@ -25,6 +25,8 @@ from same_process import calibrate_here, prune_here
 pytestmark = pytest.mark.usefixtures("fast_skeletons")
 
 CALIBRATED = ("quantize.effort=balanced", "calibration.tokens=2048", "calibration.window=64", "prune.recover=none")
+#: Keys and values as bytes, which optimum does not take.
+BYTES = ("graph.cache_type=int8", 'targets=["genai"]')
 PRUNED = ("prune.layers=1", "prune.recover=none")
 QUICK = (
     "validation.baselines=[]", "validation.repeats=1", "validation.tokens=64", "validation.window=32",
@@ -87,7 +89,7 @@ def entries(model: Path, output: Path, *words: str) -> int:
 
 CASES = {
     "llama": ("arm-int4",),
-    "phi3": ("arm-int4", "quantize.allocation=budget", "budget.max_bytes=160KB", *CALIBRATED),
+    "phi3": ("arm-int4", "quantize.allocation=budget", "budget.max_bytes=160KB", *CALIBRATED, *BYTES),
     "bert:embedding": ("x86-int8",),
     "mistral": ("arm-int4", *PRUNED),
     "gpt2": ("web-int4",),

@@ -1,10 +1,11 @@
-"""Time ONNX Runtime's fused attention: tile by tile or with its scores held whole, over a copied or a shared cache.
+"""Time ONNX Runtime's fused attention: tiled or with its scores held whole, over a cache of floats or of bytes.
 
     python tools/benchmark_attention.py [--threads 2] [--heads 9,3,64 ...] [--rounds 5] [--append docs/performance.md]
 
 A model here is a few GroupQueryAttention nodes with rotary embedding, as our graphs and the onnxruntime-genai builder's
 have them, each with a key/value cache of its own. Held whole: `graph.attention = "materialized"`, a sink that adds
-nothing. Shared: past and present are one buffer, as onnxruntime-genai binds them; copied: every run makes a new cache.
+nothing. Bytes: `graph.cache_type = "int8"`. Past and present are one buffer, as onnxruntime-genai binds them; copied:
+every run makes a new cache.
 
 Every way runs alone - of two sessions in a process, the one that waits keeps its threads spinning - and the ways take
 turns in every round. Reported are medians over the rounds, microseconds a node, and the ratio within a round.
@@ -24,6 +25,7 @@ from measured_export import machine, publish
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.graph.rules.materialized import NOTHING
+from compress.latency.graphs import INTEGER_CACHE
 
 #: Query heads, key/value heads and head size: SmolLM2-135M, TinyLlama, Phi-3, Zephyr.
 MODELS = ((9, 3, 64), (32, 4, 64), (32, 32, 96), (32, 8, 128))
@@ -39,26 +41,36 @@ SECONDS = 0.3
 class Way:
     """How attention is asked for, and how its cache is bound."""
 
-    materialized: bool
-    shared: bool
+    materialized: bool = False
+    shared: bool = True
+    integers: bool = False
 
 
-TILED, HELD, COPIED = Way(False, True), Way(True, True), Way(False, False)
-WAYS = {"tiled": TILED, "held whole": HELD, "tiled, cache copied": COPIED}
+WAYS = {
+    "tiled": Way(),
+    "held whole": Way(materialized=True),
+    "cache copied": Way(shared=False),
+    "bytes": Way(integers=True),
+    "bytes, held whole": Way(materialized=True, integers=True),
+}
 
 
-def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
+def model(heads: int, kv_heads: int, size: int, way: Way) -> bytes:
     """Return a graph of ``NODES`` attention nodes; inputs end with their pasts, outputs begin with their presents."""
     angles = np.outer(np.arange(LONGEST), 10_000.0 ** -(np.arange(size // 2) / (size // 2)))
     arrays = {
         "cosines": np.cos(angles).astype(np.float32),
         "sines": np.sin(angles).astype(np.float32),
         "sink": np.full(heads, NOTHING, np.float32),
+        # Of the bytes that are drawn below, the largest is 1.
+        "scales": np.full((kv_heads, 1, size), 1 / 127, np.float32),
     }
     width = (heads + 2 * kv_heads) * size
 
-    def value(name: str, *shape: int | str) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    def value(name: str, *shape: int | str, kind: int = TensorProto.FLOAT) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    kept = TensorProto.INT8 if way.integers else TensorProto.FLOAT
 
     inputs = [
         value("x", "batch", "new", width),
@@ -66,25 +78,27 @@ def model(heads: int, kv_heads: int, size: int, *, materialized: bool) -> bytes:
         helper.make_tensor_value_info("total", TensorProto.INT32, []),
     ]
     outputs, nodes = [], []
-    sink = ["", "", "sink"] if materialized else []
+    further = ["", "", "sink" if way.materialized else "", *(["scales", "scales"] if way.integers else [])]
     for index in range(NODES):
         past, present = ([f"{when}.{index}.{kind}" for kind in "kv"] for when in ("past", "present"))
-        inputs += [value(name, "batch", kv_heads, "past", size) for name in past]
-        outputs += [value(name, "batch", kv_heads, "present", size) for name in present]
+        inputs += [value(name, "batch", kv_heads, "past", size, kind=kept) for name in past]
+        outputs += [value(name, "batch", kv_heads, "present", size, kind=kept) for name in present]
         nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                ["x", "", "", *past, "lengths", "total", "cosines", "sines", *sink],
+                ["x", "", "", *past, "lengths", "total", "cosines", "sines", *further],
                 [f"y{index}", *present],
                 domain="com.microsoft",
                 num_heads=heads,
                 kv_num_heads=kv_heads,
                 scale=size**-0.5,
                 do_rotary=1,
+                **(INTEGER_CACHE if way.integers else {}),
             )
         )
     outputs.append(value(f"y{NODES - 1}", "batch", "new", heads * size))
-    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name != "sink" or sink]
+    used = {name for node in nodes for name in node.input}
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]
     graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
     domains = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     serialized: bytes = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
@@ -99,9 +113,7 @@ def times(shape: tuple[int, int, int], way: Way, threads: int) -> list[float]:
     heads, kv_heads, size = shape
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(
-        model(*shape, materialized=way.materialized), options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(model(*shape, way), options, providers=["CPUExecutionProvider"])
     inputs, names = ([item.name for item in items] for items in (session.get_inputs(), session.get_outputs()))
     host = ort.OrtDevice.make("cpu", 0)._get_c_device()
     random = np.random.default_rng(0)
@@ -112,7 +124,8 @@ def times(shape: tuple[int, int, int], way: Way, threads: int) -> list[float]:
     found = []
     for new, past in RUNS:
         held = past + new if way.shared else past
-        cache = [handed(random.standard_normal((1, kv_heads, held, size), np.float32)) for _ in range(2 * NODES)]
+        drawn = [random.uniform(-1, 1, (1, kv_heads, held, size)).astype(np.float32) for _ in range(2 * NODES)]
+        cache = [handed((array * 127).astype(np.int8) if way.integers else array) for array in drawn]
         given = {
             "x": handed(random.standard_normal((1, new, (heads + 2 * kv_heads) * size), np.float32)),
             "lengths": handed(np.array([past + new - 1], np.int32)),
@@ -137,8 +150,8 @@ def table(results: dict[tuple[int, int, int], list[dict[str, list[float]]]]) -> 
     """Return a row for every shape and run."""
     names = list(WAYS)
     lines = [
-        f"| heads, of keys, size | new + past | {' | '.join(names)} | held whole / tiled | copied / shared |",
-        "|---|---|" + "---|" * (len(names) + 2),
+        f"| {' | '.join(['heads, of keys, size', 'new + past', *names, *(f'{name} / tiled' for name in names[1:])])} |",
+        "|---|---|" + "---|" * (2 * len(names) - 1),
     ]
     for shape, rounds in results.items():
         for index, (new, past) in enumerate(RUNS):

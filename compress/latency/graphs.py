@@ -36,7 +36,7 @@ _ROTARY_ROWS = 4096
 _DIRECT_OUTPUT_BYTES = 1 << 20
 
 #: Attributes of an attention that keeps keys and values as bytes.
-_INTEGER_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+INTEGER_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 Array = npt.NDArray[Any]
 
@@ -338,7 +338,7 @@ class _Blocks:
             kv_num_heads=part.kv_heads,
             scale=float(part.head_dim**-0.5),
             do_rotary=int(self.style.rotary),
-            **(_INTEGER_CACHE if integers else {}),
+            **(INTEGER_CACHE if integers else {}),
         )
         for kept in (key, values):
             graph.output(kept, TensorProto.INT8 if integers else TensorProto.FLOAT)
