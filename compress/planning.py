@@ -270,7 +270,7 @@ def _check_cache(structure: Structure, profile: Profile) -> None:
     wanted = cache_type(structure, profile)
     if wanted not in load_provider(profile.provider).cache_types:
         raise UsageError(
-            f"{profile.provider} has no attention that keeps its cache as {wanted}",
+            f"a cache kept as {wanted} has no kernel on {profile.provider} that is right for every caller",
             where=f"profile {profile.name}, graph.cache_type",
             hint="--set graph.cache_type=float",
         )

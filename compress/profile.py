@@ -214,7 +214,7 @@ class Graph(_Strict):
     key/value cache of ``cache_length`` tokens.
 
     ``attention = "materialized"`` (decoders) has a prompt's attention scores computed whole instead of in the runtime's
-    tiles, which on x86 takes 0.5 to 0.9 of the time and, while a block runs, ``heads * new * total`` floats. Models
+    tiles, which on x86 takes 0.4 to 1.0 of the time and, while a block runs, ``heads * new * total`` floats. Models
     with LongRoPE keep the runtime's way, because their prompts cannot be fed in pieces.
 
     ``cache_type = "int8"`` (decoders) keeps keys and values in bytes, a quarter of the memory, with a scale for every

@@ -90,7 +90,7 @@ def test_what_cannot_keep_bytes_is_refused_before_work(tiny_artifact: Callable[.
         ("x86-int4", wanted, 'targets=["genai"]'): "effort 'fast' reads none",
         ("float", wanted, *calibrated, 'targets=["optimum"]'): "optimum begins with an empty cache of floats",
         ("float", wanted, *calibrated, 'targets=["transformers-js"]'): "transformers.js begins with an empty cache",
-        ("webgpu-int4", *INT8_CACHE): "webgpu has no attention that keeps its cache as int8",
+        ("webgpu-int4", *INT8_CACHE): "no kernel on webgpu",
         ("npu-qnn-int8", wanted): "leave out graph.cache_type",
         ("x86-int4", "graph.cache_type=int4"): "graph.cache_type",
     }

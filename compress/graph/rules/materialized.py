@@ -4,7 +4,7 @@ Before: ``GroupQueryAttention(qkv, ..., cos_cache, sin_cache)``.
 After:  the same node with ``head_sink`` (float32 ``[heads]``) of ``NOTHING``.
 
 A sink is one more score in a softmax's denominator (Xiao et al., arXiv 2309.17453); ``exp(NOTHING - maximum)`` is 0, so
-nothing changes but the kernel: the CPU provider's tiled one knows no sinks. On x86 that one takes 1.1 to 2 times as
+nothing changes but the kernel: the CPU provider's tiled one knows no sinks. On x86 that one takes 1.0 to 2.4 times as
 long for a prompt as two products of matrices with all scores between them (docs/performance.md has heads and lengths);
 one token after others takes about the same in both. The price is memory: ``heads * new * total`` floats while one
 block runs, which feeding a prompt in pieces bounds (``genai_config.json`` asks for it).
