@@ -36,7 +36,7 @@ _ROTARY_ROWS = 4096
 _DIRECT_OUTPUT_BYTES = 1 << 20
 
 #: Attributes of an attention that keeps keys and values as bytes.
-INTEGER_CACHE = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+INTEGER_CACHE: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 Array = npt.NDArray[Any]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compress.contracts import CacheType
 from compress.errors import CompressError
 
 PAST, PRESENT, KEEP = "past_key_values.", "present.", "logits_to_keep"
@@ -65,6 +66,11 @@ class CachedDecoder:
         )
         self._cache: dict[str, Any] = {}
         self.length = 0
+
+    @property
+    def cache_type(self) -> CacheType:
+        """How the graph keeps keys and values."""
+        return "int8" if any(value.type == "tensor(int8)" for value in self._past.values()) else "float"
 
     @property
     def trims_logits(self) -> bool:

@@ -75,7 +75,7 @@ def handle(request: Json, job: Path) -> Json:
         elif kind in _JOBS:
             if decoder is None and other is not None:
                 decoder = StaticDecoder(session, other)
-            decoder = decoder or CachedDecoder(session, provider.tokens_at_once(), provider.cache_device)
+            decoder = decoder or _decoder(session, provider)
             results.append(_JOBS[kind](decoder, item, part))
         else:
             raise CompressError(f"unknown job {kind!r}", where="request")
@@ -88,6 +88,21 @@ def handle(request: Json, job: Path) -> Json:
         "device": provider.device(),
         "versions": versions(),
     }
+
+
+def _decoder(session: Any, provider: Provider) -> CachedDecoder:  # noqa: ANN401 - onnxruntime has no stubs
+    """Return a decoder that keeps its cache where the provider wants it.
+
+    Raises:
+        ProviderError: The provider takes the graph's cache, but is not right with it here.
+    """
+    decoder = CachedDecoder(session, provider.tokens_at_once(), provider.cache_device)
+    if decoder.cache_type not in provider.cache_types:
+        raise ProviderError(
+            f"a cache kept as {decoder.cache_type} has no kernel on {provider.name} that is right for every caller",
+            hint="validate on cpu, or export with --set graph.cache_type=float",
+        )
+    return decoder
 
 
 def _in_pieces(request: Json, model: Path, provider: Provider, job: Path) -> Json:

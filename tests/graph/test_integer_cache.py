@@ -98,3 +98,12 @@ def test_what_cannot_keep_bytes_is_refused_before_work(tiny_artifact: Callable[.
         assert told in refusal("llama", tiny_artifact, *overrides)
     # An encoder has no cache, so nothing is asked of it.
     assert (tiny_artifact("bert:embedding", "x86-int8", wanted) / "model.onnx").is_file()
+
+
+def test_removed_heads_have_no_scales(tiny_artifact: Callable[..., Path]) -> None:
+    pruned = ("float", "prune.heads=1", "prune.recover=none")
+    kept, plain = (tiny_artifact("gpt2", *pruned, *INT8_CACHE[first:]) for first in (0, 1))
+    assert {scales.shape for scales in scales_of(kept).values()} == {(3, 1, 16)}
+    assert scales_of(plain) == {}
+    off = np.abs(found(kept) - found(plain)).mean()
+    assert 1e-4 < off < 0.03 * np.abs(found(plain)).mean()

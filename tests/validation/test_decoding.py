@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from compress import providers
-from compress.errors import CompressError
+from compress.errors import CompressError, ProviderError
+from compress.validation import worker
 from compress.validation.decoding import CachedDecoder
 from tiny_models import INT8_CACHE
 
@@ -63,6 +64,25 @@ def test_no_run_is_given_more_than_its_limit(artifact: Path) -> None:
     CachedDecoder(Counting(), 4).feed(TOKENS)
     CachedDecoder(Counting()).feed(TOKENS)
     assert given == [4, 4, 3, 11]
+
+
+def test_a_cache_that_its_provider_gets_wrong_is_not_measured(
+    tiny_artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the operator takes bytes, and multiplies others where past and present are two buffers."""
+    np.save(tmp_path / "windows.npy", TOKENS)
+    job = {"kind": "logits", "windows": str(tmp_path / "windows.npy"), "output": str(tmp_path / "logits.npy")}
+    requests = [
+        {"model": str(tiny_artifact("llama", "float", *more) / "model.onnx"), "provider": "cpu", "threads": 1}
+        | {"jobs": [job]}
+        for more in ((), INT8_CACHE)
+    ]
+    for request in requests:
+        worker.handle(request, tmp_path)
+    monkeypatch.setattr(type(providers.load("cpu")), "cache_types", providers.load("cuda").cache_types)
+    worker.handle(requests[0], tmp_path)
+    with pytest.raises(ProviderError, match="int8 has no kernel on cpu"):
+        worker.handle(requests[1], tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
