@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import parity
 from compress.errors import UsageError
 from compress.planning import CACHE_SCALES
 from parity import load
@@ -76,6 +77,21 @@ def test_logits_are_those_of_a_cache_that_rounds(
     other = {**scales, "cache.1.value_scale": scales["cache.1.value_scale"] * np.float32(1.05)}
     for wrong in (other, None):
         assert np.abs(logits - expected(tiny_model(name), wrong)).mean() > 10 * MEAN
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_rows_of_a_padded_batch_are_what_they_are_alone(name: str, tiny_artifact: Callable[..., Path]) -> None:
+    decoder = PlainDecoder(tiny_artifact(name, "float", *INT8_CACHE))
+    random = np.random.default_rng(5)
+    ids, new = random.integers(3, VOCABULARY, (2, parity.PROMPT)), random.integers(3, VOCABULARY, (4, 2, 1))
+    lengths = (parity.PROMPT, parity.SHORT)
+    together = parity.prefill(decoder, ids, lengths), parity.decode(decoder, new, lengths)
+    for row, length in enumerate(lengths):
+        alone = parity.prefill(decoder, ids[row : row + 1, :length], (length,))
+        np.testing.assert_allclose(together[0][row, :length], alone[0], atol=1e-4)
+        for step, token in enumerate(new[:, row]):
+            last = decoder.feed(token[None], np.ones((1, length + step + 1), np.int64), np.array([[length + step]]))
+            np.testing.assert_allclose(together[1][step, row], last[0, -1], atol=MOST)
 
 
 def refusal(name: str, tiny_artifact: Callable[..., Path], *overrides: str) -> str:
