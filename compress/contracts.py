@@ -648,14 +648,12 @@ class Provider(Protocol):
         static_shapes: Whether it takes only graphs whose every dimension is a number.
         cache_device: ONNX Runtime's name of the memory that a decoder's cache stays in between steps, ``None`` for
             the host's.
-        cache_types: How a decoder's cache may be kept.
     """
 
     name: str
     onnxruntime_name: str
     static_shapes: bool
     cache_device: str | None
-    cache_types: tuple[CacheType, ...]
 
     def runtime(self) -> Runtime:
         """Return how to start a process that can use it.
@@ -708,6 +706,10 @@ class Provider(Protocol):
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why a scheme cannot run here fast, or ``None`` if it can."""
+        ...
+
+    def supports_cache(self, kept: CacheType) -> str | None:
+        """Return why a decoder's cache cannot be kept like that here, or ``None`` if it can."""
         ...
 
 

@@ -262,18 +262,15 @@ def cache_type(structure: Structure, profile: Profile) -> CacheType:
 
 
 def _check_cache(structure: Structure, profile: Profile) -> None:
-    """Refuse a cache that the provider has no kernel for.
+    """Refuse a cache that the provider cannot keep.
 
     Raises:
-        UsageError: Which.
+        UsageError: Why.
     """
-    wanted = cache_type(structure, profile)
-    if wanted not in load_provider(profile.provider).cache_types:
-        raise UsageError(
-            f"a cache kept as {wanted} has no kernel on {profile.provider} that is right for every caller",
-            where=f"profile {profile.name}, graph.cache_type",
-            hint="--set graph.cache_type=float",
-        )
+    reason = load_provider(profile.provider).supports_cache(cache_type(structure, profile))
+    if reason is not None:
+        where = f"profile {profile.name}, graph.cache_type"
+        raise UsageError(reason, where=where, hint="--set graph.cache_type=float")
 
 
 def _check_half(structure: Structure, profile: Profile) -> None:

@@ -299,6 +299,9 @@ def test_plan_document(capsys: Capture, tiny_model: Callable[[str], Path]) -> No
     page = succeed(capsys, "plan", model, "--profile", "arm-int4", "--threads", "2")
     assert f"{document['parameters']:,}" in page and "peak memory" in page
     assert re.search(r"^down +int4 b32 sym +3 +30,720", page, re.MULTILINE)
+    # Keys and values of 3 blocks, 2 heads of 16, 4 bytes each.
+    assert document["cache_bytes_per_token"] == 2 * 3 * 2 * 16 * 4
+    assert re.search(r"^key/value cache +786 KB for 1,024 tokens", page, re.MULTILINE)
 
 
 def test_plan_of_an_encoder(capsys: Capture, tiny_model: Callable[[str], Path]) -> None:
@@ -311,6 +314,7 @@ def test_plan_of_an_encoder(capsys: Capture, tiny_model: Callable[[str], Path]) 
     assert document["predicted_peak_memory"]["calibration"] > 0
     page = succeed(capsys, "plan", model, "--profile", "x86-int8", "--threads", "2")
     assert "(bert, text-classification) under x86-int8" in page
+    assert document["cache_bytes_per_token"] is None and "key/value" not in page
     assert re.search(r"^down +int8 row dynamic +3 +30,720", page, re.MULTILINE)
     other = one_document(succeed(capsys, "plan", model, "--task", "embedding", "--profile", "int8-qdq", "--json"))
     assert other["task"] == "embedding"

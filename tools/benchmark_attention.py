@@ -24,8 +24,8 @@ import numpy as np
 from measured_export import machine, publish
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.rules import integer_cache
 from compress.graph.rules.materialized import NOTHING
-from compress.latency.graphs import INTEGER_CACHE
 
 #: Query heads, key/value heads and head size: SmolLM2-135M, TinyLlama, Phi-3, Zephyr.
 MODELS = ((9, 3, 64), (32, 4, 64), (32, 32, 96), (32, 8, 128))
@@ -93,7 +93,7 @@ def model(heads: int, kv_heads: int, size: int, way: Way) -> bytes:
                 kv_num_heads=kv_heads,
                 scale=size**-0.5,
                 do_rotary=1,
-                **(INTEGER_CACHE if way.integers else {}),
+                **(integer_cache.ATTRIBUTES if way.integers else {}),
             )
         )
     outputs.append(value(f"y{NODES - 1}", "batch", "new", heads * size))

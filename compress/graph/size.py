@@ -37,11 +37,10 @@ _ENCODER_LOOKUP, _ENCODER_SEGMENTS = 103, 122
 _FLOAT_LINEAR, _FLOAT_BIAS = -110, 110
 #: LongRoPE's positions: nodes and constants once, and an input of every attention node.
 _LONG_ROPE = (1167, 22)
-#: A sink for every head that adds nothing, and the input that it is of every attention node: with rotary tables among
-#: the inputs before it, and without.
-_SINK, _SINK_INPUT = 27, (23, 27)
-#: What an attention node says of a cache of bytes; each of its inputs up to the scales that is left out.
-_BYTES_CACHE, _ABSENT, _SCALE_INPUT = 91, 2, 12
+#: A sink for every head that adds nothing, and the input that it is of every attention node. What such a node says of a
+#: cache of bytes. Each input in front of them that is left out; where they stand.
+_SINK, _SINK_INPUT, _BYTES_CACHE, _ABSENT = 27, 19, 91, 2
+_SINK_PLACE, _SCALE_PLACE = 11, 12
 _CAST = 48
 #: What products of integers need more than a MatMulNBits: with a range of their own, a fixed one, one for every token.
 _INTEGER = {"tensor": -35, "fixed": 122, "token": 501}
@@ -76,20 +75,21 @@ def predict_graph_bytes(plan: Plan) -> int:
             total += _FLOAT_LINEAR + (_FLOAT_BIAS if f"{fate.name}.bias" in plan.by_name else 0)
         if fate.tied and fate.scheme is not None and fate.scheme.activations == "none":
             total += _entry_bytes(fate.stored[0])  # the head's own view of the same bytes
-    if plan.attention == "materialized":
-        each = _SINK_INPUT[plan.decoder.rope_shape is None]
-        total += _SINK + 4 * plan.decoder.heads + each * plan.decoder.layers
-    if plan.cache_type == "int8":
-        total += plan.decoder.layers * (_BYTES_CACHE + _ABSENT * (_SCALE_INPUT - _attention_inputs(plan)))
-    return total if encoder is not None else total + _integer_bytes(plan)
+    return total if encoder is not None else total + _attention_bytes(plan) + _integer_bytes(plan)
 
 
-def _attention_inputs(plan: Plan) -> int:
-    """Return how many inputs an attention node has before the scales of its cache: the last may be a sink."""
-    if plan.attention == "materialized":
-        return _SCALE_INPUT
+def _attention_bytes(plan: Plan) -> int:
+    """Return what a sink and a cache of bytes add to a decoder's attention nodes."""
     decoder = plan.decoder
-    return 7 if decoder.rope_shape is None else 9 if decoder.rope_switch is None else 10
+    # Without rotary tables, with them, and with positions of their own.
+    inputs = 7 if decoder.rope_shape is None else 9 if decoder.rope_switch is None else 10
+    shared = each = 0
+    if plan.attention == "materialized":
+        shared, each = _SINK + 4 * decoder.heads, _SINK_INPUT + _ABSENT * (_SINK_PLACE - inputs)
+        inputs = _SCALE_PLACE
+    if plan.cache_type == "int8":
+        each += _BYTES_CACHE + _ABSENT * (_SCALE_PLACE - inputs)
+    return shared + each * decoder.layers
 
 
 def _integer_bytes(plan: Plan) -> int:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from compress.graph.rules import integer_cache
 from compress.graph.rules.materialized import NOTHING
 from compress.latency.parts import Attention, Empty, Ends, FeedForward, Point, Product, Stored, Style, Workload
 from compress.rotation.matrices import hadamard
@@ -34,9 +35,6 @@ _ROTARY_ROWS = 4096
 #: Outputs of one product up to here are the graph's own; larger ones are cut to a number, as a real graph reuses
 #: the memory of its intermediate results.
 _DIRECT_OUTPUT_BYTES = 1 << 20
-
-#: Attributes of an attention that keeps keys and values as bytes.
-INTEGER_CACHE: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 Array = npt.NDArray[Any]
 
@@ -338,7 +336,7 @@ class _Blocks:
             kv_num_heads=part.kv_heads,
             scale=float(part.head_dim**-0.5),
             do_rotary=int(self.style.rotary),
-            **(INTEGER_CACHE if integers else {}),
+            **(integer_cache.ATTRIBUTES if integers else {}),
         )
         for kept in (key, values):
             graph.output(kept, TensorProto.INT8 if integers else TensorProto.FLOAT)

@@ -29,7 +29,6 @@ class OrtProvider:
     onnxruntime_name = ""
     static_shapes = False
     cache_device: str | None = None
-    cache_types: tuple[CacheType, ...] = ("float",)
     package = "onnxruntime"
     environment: Environment | None = None
 
@@ -161,6 +160,10 @@ class OrtProvider:
         if scheme.block_size not in _BLOCKS:
             return f"block size {scheme.block_size} has no kernel on {self.name}; use {', '.join(map(str, _BLOCKS))}"
         return None
+
+    def supports_cache(self, kept: CacheType) -> str | None:
+        """Return that only floats have kernels, or ``None`` for them."""
+        return None if kept == "float" else f"a cache kept as {kept} has no kernel on {self.name}"
 
 
 def processor() -> str:

@@ -13,7 +13,6 @@ class CpuProvider(OrtProvider):
 
     name = "cpu"
     onnxruntime_name = "CPUExecutionProvider"
-    cache_types: tuple[CacheType, ...] = ("float", "int8")
 
     def supports(self, scheme: Scheme) -> str | None:
         """Return why ``MatMulNBits`` cannot run ``scheme`` fast on CPUs, or ``None``."""
@@ -21,6 +20,10 @@ class CpuProvider(OrtProvider):
         if slow and super().supports(scheme) is None:
             return f"2-bit weights with block size {scheme.block_size} run 100 times slower; use 32, 64 or 128"
         return super().supports(scheme)
+
+    def supports_cache(self, kept: CacheType) -> str | None:
+        """Return ``None``: both have kernels."""
+        return None
 
 
 PROVIDER = CpuProvider()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.contracts import Scheme
+from compress.contracts import CacheType, Scheme
 from compress.environments import Environment
 from compress.providers._base import OrtProvider
 
@@ -54,6 +54,15 @@ class CudaProvider(OrtProvider):
         if scheme.activations == "none" and scheme.bits == 2:
             return "2-bit weights have no kernel on cuda; use 4 or 8 bits"
         return super().supports(scheme)
+
+    def supports_cache(self, kept: CacheType) -> str | None:
+        """Return why a cache of bytes is not offered: it is wrong, without an error, unless past and present are one.
+
+        Seen with onnxruntime-gpu 1.31.1 on an H100 (docs/benchmarks.md).
+        """
+        if kept == "int8":
+            return "a cache kept as int8 is read wrongly on cuda wherever past and present are two buffers"
+        return super().supports_cache(kept)
 
 
 def missing_gpu() -> str | None:

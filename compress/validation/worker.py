@@ -94,14 +94,12 @@ def _decoder(session: Any, provider: Provider) -> CachedDecoder:  # noqa: ANN401
     """Return a decoder that keeps its cache where the provider wants it.
 
     Raises:
-        ProviderError: The provider takes the graph's cache, but is not right with it here.
+        ProviderError: It cannot keep such a cache; why.
     """
     decoder = CachedDecoder(session, provider.tokens_at_once(), provider.cache_device)
-    if decoder.cache_type not in provider.cache_types:
-        raise ProviderError(
-            f"a cache kept as {decoder.cache_type} has no kernel on {provider.name} that is right for every caller",
-            hint="validate on cpu, or export with --set graph.cache_type=float",
-        )
+    reason = provider.supports_cache(decoder.cache_type)
+    if reason is not None:
+        raise ProviderError(reason, hint="validate on cpu, or export with --set graph.cache_type=float")
     return decoder
 
 

@@ -10,27 +10,31 @@ own keys are rounded as well. Source: ONNX Runtime's contrib operators, com.micr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import onnx_ir as ir
 
 from compress.graph.rules._edit import Weights
 from compress.planning import CACHE_SCALES, Plan
 
+#: What an attention node says of such a cache.
+ATTRIBUTES: Mapping[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 _PAST_INPUTS, _PRESENT_OUTPUTS, _SCALE_INPUTS = (3, 4), (1, 2), (12, 13)
-_BITS = 8
 
 
 def apply(graph: ir.Graph, plan: Plan, weights: Weights) -> int:
     """Let every attention node keep bytes; returns how many."""
     attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
     for node in attention:
-        layer = (node.inputs[_PAST_INPUTS[0]].name or "").split(".")[1]  # type: ignore[union-attr]
+        held = [*(node.inputs[place] for place in _PAST_INPUTS), *(node.outputs[place] for place in _PRESENT_OUTPUTS)]
+        kept = [value for value in held if value is not None]
+        layer = (kept[0].name or "").split(".")[1]
         node.resize_inputs(max(len(node.inputs), _SCALE_INPUTS[1] + 1))
         for place, name in zip(_SCALE_INPUTS, CACHE_SCALES, strict=True):
             node.replace_input_with(place, weights.value(plan.by_name[name.format(layer)].stored[0]))
-        for name in ("k_quant_type", "v_quant_type"):
-            node.attributes[name] = ir.AttrString(name, "PER_CHANNEL")
-        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", _BITS)
-        for value in (*(node.inputs[place] for place in _PAST_INPUTS), *(node.outputs[i] for i in _PRESENT_OUTPUTS)):
-            if value is not None:
-                value.type = ir.TensorType(ir.DataType.INT8)
+        for attribute in ir.convenience.convert_attributes(ATTRIBUTES):
+            node.attributes.add(attribute)
+        for value in kept:
+            value.type = ir.TensorType(ir.DataType.INT8)
     return len(attention)
